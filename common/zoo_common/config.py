@@ -1,0 +1,445 @@
+"""Configs: dataclasses with a reason and bounds per field, filled from YAML and options.
+
+A model's config is a dataclass of sections::
+
+    @dataclass
+    class Config:
+        data: DataConfig = section(DataConfig)
+        precision: PrecisionConfig = section(PrecisionConfig)
+        run: RunConfig = section(RunConfig)
+
+and ``load_config(Config, argv, CARD_OPTIONS)`` gives a checked instance. OmegaConf merges; this
+module adds what a user needs beyond it: bounds, choices, option names, and errors that name the
+option as it was written. It imports no torch, so that help texts come at once.
+"""
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import omegaconf
+import yaml
+from omegaconf import OmegaConf
+
+from zoo_common.errors import UserError
+from zoo_common.options import Assignment, Option, is_true, nearest, parse
+
+T = TypeVar("T")
+BASE_KEY = "_base_"
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    more_than: float | None = None,
+    at_most: float | None = None,
+    choices: tuple[str, ...] = (),
+    kind: str = "",
+    bare: str = "",
+) -> Any:
+    """A field of a config section.
+
+    Args:
+        default: the value when nothing sets it; a list is copied for each instance.
+        help: what it is, with its unit, in a few words.
+        at_least: smallest value allowed.
+        more_than: bound that the value must exceed.
+        at_most: largest value allowed.
+        choices: the only texts allowed.
+        kind: ``path`` for a file or directory, ``checkpoint`` for a weights file: the launcher
+            makes relative ones absolute and checks checkpoints.
+        bare: what the option means when it stands without a value (``--resume``).
+    """
+    metadata = {
+        "help": help,
+        "at_least": at_least,
+        "more_than": more_than,
+        "at_most": at_most,
+        "choices": choices,
+        "kind": kind,
+        "bare": bare,
+    }
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def section(cls: type[T]) -> T:
+    """A nested section of a config, made anew for each instance."""
+    made: T = dataclasses.field(default_factory=cls)
+    return made
+
+
+@dataclass
+class PrecisionConfig:
+    """Number formats, in apex's words."""
+
+    opt_level: str = setting(
+        "O0",
+        "O0: float32. O1: autocast. O2: half-precision model, float32 norms and master weights",
+        choices=("O0", "O1", "O2"),
+    )
+    dtype: str = setting(
+        "auto",
+        "half-precision format; auto: float16 on npu and cuda, bfloat16 on cpu",
+        choices=("auto", "float16", "bfloat16"),
+    )
+    loss_scale: str = setting(
+        "dynamic", "factor on the loss under float16: dynamic, or a positive number"
+    )
+    clip_grad: float = setting(
+        0.0, "largest global gradient norm, in true units; 0: no clipping", at_least=0
+    )
+    accumulate: int = setting(1, "micro-batches per optimizer step", at_least=1)
+
+
+@dataclass
+class RunConfig:
+    """What a run is, apart from what it trains."""
+
+    device: str = setting("auto", "npu, cuda, cpu, or auto: the first of them that is there")
+    device_id: int = setting(0, "index of the first card to use", at_least=0)
+    output_dir: str = setting(
+        "", "directory of logs, records and checkpoints [test/output/DEVICE_ID]", kind="path"
+    )
+    resume: str = setting(
+        "",
+        "continue from a checkpoint file; alone: from the last one in the output directory",
+        kind="checkpoint",
+        bare="last",
+    )
+    seed: int = setting(0, "seed of weights, data order and augmentation", at_least=0)
+    deterministic: bool = setting(False, "only operators that give the same bits every time")
+    float32: str = setting(
+        "auto",
+        "arithmetic of float32 convolutions and matrix products; hf32 is TF32 on cuda",
+        choices=("auto", "fp32", "hf32"),
+    )
+    max_steps: int = setting(0, "stop after this many optimizer steps; 0: no limit", at_least=0)
+    warmup_steps: int = setting(10, "first steps that throughput leaves out", at_least=0)
+    log_every: int = setting(10, "steps between two lines of the record", at_least=1)
+    profile: int = setting(
+        0, "trace this many steps after warm-up into OUTPUT_DIR/profile", at_least=0, bare="10"
+    )
+    timeout_s: int = setting(
+        1900, "seconds that a collective may wait for the other ranks", at_least=1
+    )
+    stop_grace_s: int = setting(
+        600, "seconds that a stopped run has to save its checkpoint", at_least=0
+    )
+
+
+@dataclass
+class LaunchConfig:
+    """Where the processes of a run are."""
+
+    processes: int = setting(0, "processes on each node; 0: what the run says", at_least=0)
+    nnodes: int = setting(1, "number of machines", at_least=1)
+    node_rank: int = setting(0, "index of this machine, from 0", at_least=0)
+    master_addr: str = setting("", "address of machine 0 [127.0.0.1]")
+    master_port: int = setting(
+        0, "port on machine 0; 0: a free one (one machine only)", at_least=0, at_most=65535
+    )
+    local_addr: str = setting("", "address of this machine's network for HCCL and gloo")
+    join_timeout_s: int = setting(
+        600, "seconds to wait for the other machines at the start", at_least=1
+    )
+
+
+COMMON_OPTIONS: dict[str, str | tuple[str, ...]] = {
+    "--data_path": "data.path",
+    "--batch_size": "data.batch_size",
+    "--workers": "data.workers",
+    "--device": "run.device",
+    "--device_id": "run.device_id",
+    "--output_dir": "run.output_dir",
+    "--resume": "run.resume",
+    "--seed": "run.seed",
+    "--max_steps": "run.max_steps",
+    "--profile": "run.profile",
+    "--deterministic": "run.deterministic",
+    "--amp": "precision.opt_level",
+    "--dtype": "precision.dtype",
+    "--loss_scale": "precision.loss_scale",
+    "--hf32": ("run.float32=hf32", "precision.opt_level=O0"),
+    "--fp32": ("run.float32=fp32", "precision.opt_level=O0"),
+    "--nnodes": "launch.nnodes",
+    "--node_rank": "launch.node_rank",
+    "--master_addr": "launch.master_addr",
+    "--master_port": "launch.master_port",
+    "--local_addr": "launch.local_addr",
+    "--processes": "launch.processes",
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    """A leaf of a config schema."""
+
+    path: str
+    type: Any
+    default: Any
+    metadata: Mapping[str, Any]
+
+    @property
+    def help(self) -> str:
+        """What the field is, in a few words."""
+        return str(self.metadata.get("help", ""))
+
+
+def fields_of(schema: type, prefix: str = "") -> list[Field]:
+    """All leaves of a config schema, in the order of their definition."""
+    hints = typing.get_type_hints(schema)
+    leaves: list[Field] = []
+    for item in dataclasses.fields(schema):
+        path = f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(hints[item.name]):
+            leaves += fields_of(hints[item.name], path + ".")
+            continue
+        if item.default_factory is not dataclasses.MISSING:
+            default = item.default_factory()
+        else:
+            default = item.default
+        leaves.append(Field(path, hints[item.name], default, item.metadata))
+    return leaves
+
+
+def options_of(
+    schema: type, card_options: Mapping[str, str | tuple[str, ...]] | None = None
+) -> list[Option]:
+    """The options of a model: the common ones whose field it has, and those of its card.
+
+    Args:
+        schema: the model's config dataclass.
+        card_options: option name to field (or to several ``field=value``), from the card.
+    """
+    by_path = {field.path: field for field in fields_of(schema)}
+    known = {
+        name: targets
+        for name, targets in COMMON_OPTIONS.items()
+        if all(target.partition("=")[0] in by_path for target in _as_tuple(targets))
+    }
+    table = {**known, **(card_options or {})}
+    return [_option(name, _as_tuple(targets), by_path) for name, targets in table.items()]
+
+
+def _as_tuple(targets: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (targets,) if isinstance(targets, str) else targets
+
+
+def _option(name: str, targets: tuple[str, ...], by_path: Mapping[str, Field]) -> Option:
+    if all("=" in target for target in targets):
+        return Option(name, targets, "flag")
+    field = by_path[targets[0].partition("=")[0]]
+    if field.type is bool:
+        return Option(name, targets, "switch")
+    bare = str(field.metadata.get("bare", ""))
+    return Option(name, targets, "optional" if bare else "value", bare)
+
+
+def load_config(
+    schema: type[T],
+    argv: Sequence[str],
+    card_options: Mapping[str, str | tuple[str, ...]] | None = None,
+) -> T:
+    """Reads ``--config FILE`` and options into a checked config.
+
+    Args:
+        schema: the model's config dataclass.
+        argv: the command line without the program's name.
+        card_options: the model's own option names, see :func:`options_of`.
+
+    Raises:
+        UserError: a file that cannot be read, an unknown key, a value of the wrong type or out
+            of bounds; the message names the option or the file and key.
+    """
+    file, words = take_config_file(argv)
+    files = [] if file is None else [file]
+    paths = [field.path for field in fields_of(schema)]
+    assignments = parse(words, options_of(schema, card_options), paths)
+    return build_config(schema, files, assignments)
+
+
+def take_config_file(words: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Splits a command line into the file that ``--config`` names and the other words.
+
+    ``--config-file`` is the same, because two of the cards call it so.
+
+    Raises:
+        UserError: the option stands without a file.
+    """
+    rest = list(words)
+    for index, word in enumerate(rest):
+        name, equals, value = word.partition("=")
+        if name not in ("--config", "--config-file", "--config_file"):
+            continue
+        if not equals and index + 1 == len(rest):
+            raise UserError(f"{name} needs a value: write {name}=FILE.yaml.")
+        chosen = value if equals else rest.pop(index + 1)
+        del rest[index]
+        return Path(chosen), rest
+    return None, rest
+
+
+def build_config(schema: type[T], files: Iterable[Path], assignments: Iterable[Assignment]) -> T:
+    """Merges the schema's defaults, YAML files and assignments, later ones winning.
+
+    Raises:
+        UserError: as :func:`load_config`.
+    """
+    by_path = {field.path: field for field in fields_of(schema)}
+    written: dict[str, str] = {}
+    merged = OmegaConf.structured(schema)
+    for file in files:
+        for path, value in _flatten(read_yaml(file)):
+            origin = f"{path} in {file}"
+            _set(merged, _known(path, by_path, origin), value, origin)
+            written[path] = origin
+    for assignment in assignments:
+        field = by_path[assignment.path]
+        value = _from_text(field, assignment.text, assignment.written)
+        _set(merged, field, value, assignment.written)
+        written[field.path] = assignment.written
+    for field in by_path.values():
+        value = OmegaConf.select(merged, field.path)
+        _check_bounds(field, value, written.get(field.path, field.path))
+    built: T = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    return built
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved config as YAML, every field present."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Reads a YAML mapping; ``_base_: other.yaml`` names a file that it builds on.
+
+    Raises:
+        UserError: the file is absent, not YAML, not a mapping, or its bases form a circle.
+    """
+    if file.resolve() in seen:
+        raise UserError(f"{file} is its own {BASE_KEY}: remove the circle.")
+    try:
+        loaded = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        raise UserError(f"Cannot read the config {file}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = " ".join(str(error).split())
+        raise UserError(f"The config {file} is not valid YAML: {where}.") from error
+    if loaded is None:
+        loaded = {}
+    if not isinstance(loaded, dict):
+        raise UserError(f"The config {file} holds no mapping of sections, but {loaded!r:.60}.")
+    base = loaded.pop(BASE_KEY, None)
+    if base is None:
+        return loaded
+    below = read_yaml(file.parent / str(base), (*seen, file.resolve()))
+    return _merged(below, loaded)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    result = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(result[key], value) if both else value
+    return result
+
+
+def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _known(path: str, by_path: Mapping[str, Field], origin: str) -> Field:
+    if path in by_path:
+        return by_path[path]
+    guess = nearest(path, by_path)
+    hint = f"did you mean {guess}?" if guess else f"known are {', '.join(sorted(by_path))}."
+    raise UserError(f"Unknown setting {origin}: {hint}")
+
+
+def _from_text(field: Field, text: str, written: str) -> Any:
+    """A command line's text as the field's type; texts that are no such value fail later."""
+    if _plain(field.type) is bool:
+        truth = is_true(text)
+        if truth is None:
+            raise UserError(f"{written}: {text!r} is neither true nor false.")
+        return truth
+    if _plain(field.type) is str:
+        return text
+    if typing.get_origin(field.type) is list:
+        try:
+            return yaml.safe_load(text if text.startswith("[") else f"[{text}]")
+        except yaml.YAMLError as error:
+            raise UserError(f"{written}: {text!r} is no list; write [a, b].") from error
+    return text
+
+
+def _plain(hint: Any) -> Any:
+    """The type inside ``X | None``."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    return hint
+
+
+def _set(merged: Any, field: Field, value: Any, origin: str) -> None:
+    if isinstance(value, str):
+        value = value.replace("${", "\\${")  # a path may hold what OmegaConf would interpolate
+    try:
+        OmegaConf.update(merged, field.path, value)
+    except (omegaconf.errors.OmegaConfBaseException, ValueError, TypeError) as error:
+        wanted = getattr(_plain(field.type), "__name__", str(field.type))
+        raise UserError(
+            f"{origin}: {field.path} must be of type {wanted}, but got {value!r}."
+        ) from error
+
+
+def _check_bounds(field: Field, value: Any, origin: str) -> None:
+    meta = field.metadata
+    name = origin if field.path in origin else f"{origin}: {field.path}"
+    if meta.get("choices") and value not in meta["choices"]:
+        guess = nearest(str(value), meta["choices"])
+        hint = f" (did you mean {guess}?)" if guess else ""
+        allowed = ", ".join(meta["choices"])
+        raise UserError(f"{name} must be one of {allowed}, but is {value!r}{hint}.")
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    if value != value or value in (float("inf"), float("-inf")):
+        raise UserError(f"{name} must be a finite number, but is {value}.")
+    if meta.get("at_least") is not None and value < meta["at_least"]:
+        raise UserError(f"{name} must be at least {meta['at_least']}, but is {value}.")
+    if meta.get("more_than") is not None and value <= meta["more_than"]:
+        raise UserError(f"{name} must be more than {meta['more_than']}, but is {value}.")
+    if meta.get("at_most") is not None and value > meta["at_most"]:
+        raise UserError(f"{name} must be at most {meta['at_most']}, but is {value}.")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice, and reads 1e-4 as the number that people mean."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice.pop()!r} stands twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*(?:[eE][-+]?[0-9]+)|[0-9][0-9_]*\.[0-9_]*)$"),
+    list("-+0123456789"),
+)
