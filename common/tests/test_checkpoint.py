@@ -1,0 +1,154 @@
+"""Checkpoints: whole or absent, never code, and clear about what does not fit."""
+
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from zoo_common import checkpoint
+from zoo_common.errors import TrainingError, UserError
+
+
+def network(classes: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.Linear(5, classes))
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "last.pth"
+    content = {"model": network().state_dict(), "step": 7, "rng": [{"python": [3, [1, 2], None]}]}
+    checkpoint.save(path, content)
+    loaded = checkpoint.load(path)
+    assert loaded["step"] == 7
+    assert loaded["rng"] == content["rng"]
+    torch.testing.assert_close(loaded["model"], dict(content["model"]), rtol=0, atol=0)
+    assert [file.name for file in path.parent.iterdir()] == ["last.pth"]
+
+
+@pytest.mark.parametrize("wrap", [lambda w: w, lambda w: {"state_dict": w}, lambda w: {"model": w}])
+def test_weights_files_of_other_tools_are_read(wrap, tmp_path: Path) -> None:
+    weights = network().state_dict()
+    torch.save(wrap({f"module.{key}": value for key, value in weights.items()}), tmp_path / "w.pth")
+    assert list(checkpoint.load(tmp_path / "w.pth")["model"]) == list(weights)
+
+
+def test_a_file_that_would_run_code_is_refused_and_nothing_runs(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    torch.save({"model": Evil()}, tmp_path / "zip.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"model": Evil()}, protocol=2))
+    for name in ("zip.pth", "plain.pth"):
+        with pytest.raises(UserError, match=f"{name} was refused"):
+            checkpoint.load(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_damaged_files_are_told(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.pth"
+    checkpoint.save(whole, {"model": network().state_dict()})
+    data = whole.read_bytes()
+    for name, content in {
+        "half.pth": data[: len(data) // 2],
+        "empty.pth": b"",
+        "text.pth": b"not a checkpoint at all\n",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            checkpoint.load(tmp_path / name)
+    with pytest.raises(UserError, match="No such file"):
+        checkpoint.load(tmp_path / "none.pth")
+    torch.save({"step": 3}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="holds no weights: it has the keys step"):
+        checkpoint.load(tmp_path / "other.pth")
+
+
+def test_weights_of_another_model_are_named_and_a_new_head_is_allowed() -> None:
+    other = {**network(7).state_dict(), "extra": torch.zeros(1)}
+    with pytest.raises(UserError) as error:
+        checkpoint.select(other, network(3), Path("w.pth"))
+    assert "1 left over (extra)" in str(error.value)
+    assert "2 of another shape (1.weight, 1.bias)" in str(error.value)
+    model = network(3)
+    weights, fit = checkpoint.select(
+        network(7).state_dict(), model, Path("w.pth"), may_differ=["1."]
+    )
+    model.load_state_dict(weights)
+    assert fit.loaded == ["0.weight", "0.bias"]
+
+
+_SAVE_ON_SMALL_DISK = """
+import resource, sys, torch
+from pathlib import Path
+from zoo_common import checkpoint
+from zoo_common.errors import TrainingError
+path = Path(sys.argv[1])
+checkpoint.save(path, {"model": {"w": torch.zeros(10)}})
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+try:
+    checkpoint.save(path, {"model": {"w": torch.zeros(1 << 20)}})
+except TrainingError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+    path = tmp_path / "last.pth"
+    done = subprocess.run(
+        [sys.executable, "-c", _SAVE_ON_SMALL_DISK, path], capture_output=True, text=True
+    )
+    assert f"Cannot write the checkpoint {path}: File too large" in done.stdout, done.stderr
+    assert checkpoint.load(path)["model"]["w"].shape == (10,)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pth"]
+
+
+_SAVE_FOR_EVER = """
+import sys, torch
+from pathlib import Path
+from zoo_common import checkpoint
+step = 0
+while True:
+    checkpoint.save(Path(sys.argv[1]), {"model": {"w": torch.full((1 << 18,), float(step))}})
+    step += 1
+    print(step, flush=True)
+"""
+
+
+def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "last.pth"
+    for delay_s in (0.0, 0.003, 0.01):
+        child = subprocess.Popen(
+            [sys.executable, "-c", _SAVE_FOR_EVER, path], stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout is not None
+        child.stdout.readline()
+        time.sleep(delay_s)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+        weights = checkpoint.load(path)["model"]["w"]
+        assert bool((weights == weights[0]).all())
+
+
+def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    np.random.seed(3)
+    np.random.randn()  # leaves half of a pair behind
+    checkpoint.save(tmp_path / "c.pth", {"model": {}, "rng": checkpoint.rng_state(cpu)})
+    draws = [random.random(), np.random.randn(), np.random.rand(), torch.rand(1).item()]
+    checkpoint.set_rng_state(checkpoint.load(tmp_path / "c.pth")["rng"], cpu)
+    assert draws == [random.random(), np.random.randn(), np.random.rand(), torch.rand(1).item()]
+
+
+def test_a_read_only_place_is_told() -> None:
+    with pytest.raises(TrainingError, match="Cannot write the checkpoint /proc/nothing/last.pth"):
+        checkpoint.save(Path("/proc/nothing/last.pth"), {"model": {}})

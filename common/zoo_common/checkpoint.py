@@ -1,0 +1,224 @@
+"""Checkpoints: whole or absent, and never code.
+
+A training checkpoint is a dict of plain containers and tensors::
+
+    {"format": 1, "model": {key: tensor}, "step": int, "epoch": float, "best": float | None,
+     "parts": {name: state_dict}, "rng": [one per rank], "config": yaml text}
+
+``model`` has the published keys and float32 weights, so that a checkpoint is at the same time a
+weights file for any tool that reads ``{"model": state_dict}``.
+"""
+
+import contextlib
+import os
+import pickle
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zoo_common.errors import TrainingError, UserError
+
+FORMAT = 1
+_MODEL_KEYS = ("model", "state_dict", "model_state_dict")
+
+
+class SaveError(TrainingError):
+    """A checkpoint could not be written; the one before is untouched."""
+
+
+def save(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a checkpoint so that a kill at any moment leaves the old or the new one, whole.
+
+    Args:
+        path: the file; a temporary one beside it is renamed over it at the end.
+        content: plain containers and tensors only.
+
+    Raises:
+        SaveError: the disk is full, read-only or gone.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as stream:
+            torch.save(dict(content), stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+        _sync_directory(path.parent)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        cause = _os_error(error)
+        if cause is None:
+            raise
+        raise SaveError(
+            f"Cannot write the checkpoint {path}: {cause.strerror}; "
+            "the one saved before, if any, is whole: free some room and continue with --resume."
+        ) from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint file onto the CPU, without running code that may be in it.
+
+    Returns:
+        What was saved; a bare state_dict comes as ``{"model": state_dict}``.
+
+    Raises:
+        UserError: no such file, truncated or damaged, holds more than plain data, or no weights.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"Cannot read the checkpoint {path}: {error.strerror}.") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"The checkpoint {path} was refused: it is damaged or holds more than tensors and "
+            "plain values, which could run code; save it again with its state_dict only."
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(
+            f"The checkpoint {path} is damaged or no PyTorch checkpoint: give a whole .pth file."
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"The checkpoint {path} holds no dict of weights, but a {type(content)}.")
+    for key in _MODEL_KEYS:
+        if isinstance(content.get(key), dict):
+            return {**content, "model": _without_prefix(content[key])}
+    if content and all(isinstance(value, Tensor) for value in content.values()):
+        return {"model": _without_prefix(content)}
+    raise UserError(
+        f"The checkpoint {path} holds no weights: it has the keys {', '.join(map(str, content))}."
+    )
+
+
+@dataclass
+class Fit:
+    """How a checkpoint's weights fit a model; all lists hold keys of the state_dict."""
+
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    other_shape: list[str] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """One line: how many keys were loaded, and which were not."""
+        parts = [f"{len(self.loaded)} tensors loaded"]
+        for name, keys in (
+            ("missing", self.missing),
+            ("left over", self.unexpected),
+            ("of another shape", self.other_shape),
+        ):
+            if keys:
+                parts.append(f"{len(keys)} {name} ({_some(keys)})")
+        return ", ".join(parts)
+
+
+def select(
+    weights: Mapping[str, Tensor],
+    model: nn.Module,
+    path: Path,
+    *,
+    may_differ: Iterable[str] = (),
+) -> tuple[dict[str, Tensor], Fit]:
+    """Picks the weights that a model takes.
+
+    Args:
+        weights: a checkpoint's ``model``.
+        model: what they are for.
+        path: the checkpoint, for messages.
+        may_differ: key prefixes that may be missing or of another shape (``head.`` when
+            fine-tuning to another number of classes); they keep the model's own values.
+
+    Returns:
+        A state_dict that loads with ``strict=True``, and how it was made.
+
+    Raises:
+        UserError: other keys differ; the message names them.
+    """
+    own = model.state_dict()
+    allowed = tuple(may_differ)
+    fit = Fit(unexpected=[key for key in weights if key not in own])
+    chosen: dict[str, Tensor] = {}
+    for key, value in own.items():
+        if key not in weights:
+            fit.missing.append(key)
+        elif weights[key].shape != value.shape:
+            fit.other_shape.append(key)
+        else:
+            fit.loaded.append(key)
+            chosen[key] = weights[key]
+            continue
+        chosen[key] = value
+    bad = [
+        key
+        for key in (*fit.missing, *fit.other_shape, *fit.unexpected)
+        if not key.startswith(allowed or ("\0",))
+    ]
+    if bad:
+        raise UserError(
+            f"The checkpoint {path} is of another model: {fit.describe()}; "
+            "give the one that belongs to the model's name and class count."
+        )
+    return chosen, fit
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The state of every generator that a training step draws from, as plain data."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = cast(Any, np.random.get_state())
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(words), gauss],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+    }
+    if device.type != "cpu":
+        state["device"] = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Puts back what :func:`rng_state` took."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if device.type != "cpu" and "device" in state:
+        torch.get_device_module(device).set_rng_state(state["device"], device)
+
+
+def _without_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Drops ``module.``, which DistributedDataParallel puts before every key."""
+    if weights and all(key.startswith("module.") for key in weights):
+        return {key.removeprefix("module."): value for key, value in weights.items()}
+    return dict(weights)
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+
+
+def _os_error(error: BaseException) -> OSError | None:
+    """The disk's own error below torch's, which names positions in a file instead."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _sync_directory(directory: Path) -> None:
+    """Makes the rename itself last through a power cut."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems cannot
+            os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,114 @@
+"""The output directory of a run: taken for one run at a time, earlier runs moved aside."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from zoo_common.errors import UserError
+
+LOCK = ".lock"
+_MARKS = ("config.yaml", "metrics.jsonl", "result.json")  # any of them: a run was here
+
+
+def default_directory(model_directory: Path, device_id: int) -> Path:
+    """Where the original zoo writes: ``test/output/$ASCEND_DEVICE_ID``."""
+    return model_directory / "test" / "output" / str(device_id)
+
+
+@contextlib.contextmanager
+def occupy(directory: Path, *, keep: bool) -> Iterator[Path | None]:
+    """Makes the directory, moves an earlier run's output aside, and holds it for this run.
+
+    Args:
+        directory: the output directory.
+        keep: leave what is there, because the run goes on from it.
+
+    Yields:
+        Where the earlier output went, or None.
+
+    Raises:
+        UserError: another run holds the directory, it holds files that no run wrote, or the disk
+            does not let us write.
+    """
+    _make(directory)
+    lock = _lock(directory)
+    try:
+        aside = None
+        contents = [entry.name for entry in os.scandir(directory) if entry.name != LOCK]
+        if contents and not keep:
+            if not any(mark in contents for mark in _MARKS):
+                raise UserError(
+                    f"--output_dir {directory} holds files that no run wrote ({contents[0]}, ...):"
+                    " give an empty or new directory."
+                )
+            aside = _move_aside(directory)
+            _make(directory)
+            os.close(lock)
+            lock = _lock(directory)
+        _try_to_write(directory)
+        yield aside
+    finally:
+        with contextlib.suppress(OSError):
+            (directory / LOCK).unlink()
+        os.close(lock)
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"Cannot make the output directory {directory}: {error.strerror}; "
+            "choose another with --output_dir."
+        ) from error
+
+
+def _lock(directory: Path) -> int:
+    try:
+        handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write in the output directory {directory}: {error.strerror}; "
+            "choose another with --output_dir."
+        ) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        raise UserError(
+            f"Another run is writing to {directory}: wait for it, or choose another --output_dir."
+        ) from error
+    return handle
+
+
+def _move_aside(directory: Path) -> Path:
+    """Renames the directory after the time of its last change."""
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(directory.stat().st_mtime))
+    target = directory.with_name(f"{directory.name}.{stamp}")
+    number = 1
+    while target.exists():
+        number += 1
+        target = directory.with_name(f"{directory.name}.{stamp}-{number}")
+    (directory / LOCK).unlink()
+    directory.rename(target)
+    return target
+
+
+def _try_to_write(directory: Path) -> None:
+    probe = directory / ".probe"
+    try:
+        probe.write_bytes(b"\0" * 4096)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write in the output directory {directory}: {error.strerror}; "
+            "free some room or choose another with --output_dir."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()

@@ -1,0 +1,155 @@
+"""What is checked before any process starts, cheap checks first."""
+
+import socket
+import sys
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from zoo_common import layouts
+from zoo_common.errors import UserError
+from zoo_common.runs import Model, RunSpec
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run's processes are.
+
+    Attributes:
+        device: ``npu``, ``cuda`` or ``cpu``.
+        processes: processes on this machine.
+        nnodes: number of machines.
+        node_rank: index of this machine.
+        master_addr: address of machine 0.
+        master_port: port on machine 0.
+    """
+
+    device: str
+    processes: int
+    nnodes: int
+    node_rank: int
+    master_addr: str
+    master_port: int
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all machines."""
+        return self.processes * self.nnodes
+
+
+def absolute_paths(model: Model, config: Any, caller: Path) -> None:
+    """Makes the config's relative paths absolute, in place.
+
+    They are meant from where the user stood; what is not there is looked for in the model's
+    directory, from where the original's scripts started.
+    """
+    for item in model.fields():
+        if item.metadata.get("kind") not in ("path", "checkpoint"):
+            continue
+        *sections, name = item.path.split(".")
+        holder = _at(config, sections)
+        value = getattr(holder, name)
+        if value in ("", item.metadata.get("bare"), *layouts.MADE):
+            continue
+        path = caller / Path(value).expanduser()
+        fallback = model.directory / value
+        if not path.exists() and fallback.exists():
+            path = fallback
+        setattr(holder, name, str(path))
+
+
+def check_data(spec: RunSpec, config: Any) -> None:
+    """Resolves ``data.path`` in place: a made data set is made, a directory is checked."""
+    if not spec.layout:
+        return
+    with Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
+        task = progress.add_task("making the data set", total=None, visible=False)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total, visible=True)
+
+        config.data.path = str(layouts.resolve(spec.layout, config.data.path, show))
+
+
+def check_weights(model: Model, config: Any) -> None:
+    """Checks that each checkpoint that the config names is there and whole."""
+    for item in model.fields():
+        value = _at(config, item.path.split("."))
+        if item.metadata.get("kind") == "checkpoint" and value not in (
+            "",
+            item.metadata.get("bare"),
+        ):
+            check_checkpoint_file(Path(value), item.path)
+
+
+def check_checkpoint_file(file: Path, setting: str) -> None:
+    """Tells a missing, truncated or foreign checkpoint file without reading its weights.
+
+    Raises:
+        UserError: naming the file and the setting.
+    """
+    if not file.is_file():
+        raise UserError(f"{setting}: there is no checkpoint file {file}.")
+    with file.open("rb") as stream:
+        magic = stream.read(4)
+    if magic[:2] == b"\x80\x02":
+        return  # the format of torch before 1.6: only the restricted loader can judge it
+    if magic[:2] != b"PK" or not zipfile.is_zipfile(file):
+        what = "is truncated" if magic[:2] == b"PK" else "is no PyTorch checkpoint"
+        raise UserError(f"{setting}: {file} {what}; give a whole .pth file.")
+
+
+def place(spec: RunSpec, config: Any) -> Place:
+    """Finds the device and the ports of a run.
+
+    Raises:
+        UserError: the device is not there, has too few cards, or the port is taken.
+    """
+    from zoo_common import device as devices  # torch, from here on
+
+    launch = config.launch
+    processes = launch.processes or spec.devices
+    first = config.run.device_id
+    kind = devices.resolve(config.run.device, index=first).type
+    if kind != "cpu":
+        cards = devices.count(kind)
+        if first + processes > cards:
+            raise UserError(
+                f"The run needs {processes} {kind} cards from card {first} on, but this machine "
+                f"shows {cards}: choose a run with fewer (_1p), --device_id or --processes."
+            )
+    if launch.node_rank >= launch.nnodes:
+        raise UserError(f"--node_rank={launch.node_rank} must be below --nnodes={launch.nnodes}.")
+    if launch.nnodes > 1 and not (launch.master_addr and launch.master_port):
+        raise UserError(
+            "A run on several machines needs --master_addr and --master_port, the same on each."
+        )
+    address = launch.master_addr or "127.0.0.1"
+    port = launch.master_port
+    if launch.node_rank == 0:
+        port = _free_port(port)
+    return Place(kind, processes, launch.nnodes, launch.node_rank, address, port)
+
+
+def _free_port(port: int) -> int:
+    """The port itself when it is free, or a free one for 0."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise UserError(
+                f"--master_port={port} cannot be used ({error.strerror}): choose another."
+            ) from error
+        free: int = probe.getsockname()[1]
+        return free
+
+
+def _at(config: Any, names: Iterable[str]) -> Any:
+    for name in names:
+        config = getattr(config, name)
+    return config

@@ -1,0 +1,148 @@
+"""What a model directory says of its runs: ``test/runs.yaml`` and the package's config.
+
+``test/runs.yaml``::
+
+    network: Twins-ALTGVT-S         # the name in reports
+    package: twins                  # <package>.config holds Config and CARD_OPTIONS
+    runs:
+      train_full_8p:                # one for each test/<run>.sh
+        help: ...
+        entry: twins.train          # module with main(argv)
+        devices: 8
+        kind: acc                   # acc | perf | eval
+        config: configs/alt_gvt_small.yaml
+        layout: imagenet            # what --data_path must look like
+        settings: {data.batch_size: 128}
+        score: {metric: top1, at_least: 85.0}   # what ci/smoke.sh asserts, if anything
+"""
+
+import importlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from zoo_common.config import (
+    Field,
+    build_config,
+    fields_of,
+    options_of,
+    read_yaml,
+    take_config_file,
+)
+from zoo_common.errors import UserError
+from zoo_common.options import Assignment, Option, nearest, parse
+
+KINDS = ("acc", "perf", "eval")
+
+
+@dataclass
+class Score:
+    """The smallest score that a run must reach to count as good."""
+
+    metric: str = ""
+    at_least: float = 0.0
+
+
+@dataclass
+class RunSpec:
+    """One run of a model directory, see the module's docstring."""
+
+    help: str
+    entry: str
+    devices: int
+    kind: str
+    config: str
+    layout: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    score: Score = field(default_factory=Score)
+
+
+@dataclass
+class _RunsFile:
+    network: str
+    package: str
+    runs: dict[str, RunSpec]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model directory: its runs, and its package's config schema and options."""
+
+    directory: Path
+    network: str
+    runs: Mapping[str, RunSpec]
+    schema: type
+    card_options: Mapping[str, str | tuple[str, ...]]
+
+    def run(self, name: str) -> RunSpec:
+        """The run of that name.
+
+        Raises:
+            UserError: there is none; the message names the nearest.
+        """
+        if name in self.runs:
+            return self.runs[name]
+        guess = nearest(name, self.runs)
+        hint = f"did you mean {guess}?" if guess else f"there are {', '.join(self.runs)}."
+        raise UserError(f"{self.network} has no run {name!r}: {hint}")
+
+    def options(self) -> list[Option]:
+        """The options that every run of this model takes."""
+        return options_of(self.schema, self.card_options)
+
+    def fields(self) -> list[Field]:
+        """All settings of this model's config."""
+        return fields_of(self.schema)
+
+    def config(
+        self, spec: RunSpec, words: list[str], environment: Mapping[str, str] | None = None
+    ) -> Any:
+        """The config of a run: its YAML file, its settings, then the user's words.
+
+        Args:
+            spec: the run.
+            words: the user's options; ``--config FILE`` among them replaces the run's file.
+            environment: where ASCEND_DEVICE_ID is looked up, as the original's scripts do.
+
+        Raises:
+            UserError: see :func:`zoo_common.config.load_config`.
+        """
+        file, rest = take_config_file(words)
+        own = [
+            Assignment(path, str(value), f"{path} in test/runs.yaml")
+            for path, value in spec.settings.items()
+        ]
+        device_id = (environment or {}).get("ASCEND_DEVICE_ID")
+        if device_id:
+            own.append(Assignment("run.device_id", device_id, "ASCEND_DEVICE_ID"))
+        paths = [item.path for item in self.fields()]
+        given = parse(rest, self.options(), paths)
+        return build_config(self.schema, [file or self.directory / spec.config], own + given)
+
+
+def load(directory: Path) -> Model:
+    """Reads a model directory.
+
+    Raises:
+        UserError: the directory has no ``test/runs.yaml`` or the file does not fit the schema.
+    """
+    file = directory / "test" / "runs.yaml"
+    if not file.is_file():
+        raise UserError(f"{directory} is no model directory: it has no test/runs.yaml.")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(_RunsFile), read_yaml(file))
+        content: _RunsFile = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise UserError(f"{file} does not fit: {str(error).splitlines()[0]}.") from error
+    for name, spec in content.runs.items():
+        if spec.kind not in KINDS:
+            raise UserError(f"{file}: kind of {name} must be one of {', '.join(KINDS)}.")
+    if str(directory) not in sys.path:
+        sys.path.insert(0, str(directory))
+    module = importlib.import_module(f"{content.package}.config")
+    return Model(directory, content.network, content.runs, module.Config, module.CARD_OPTIONS)

@@ -1,0 +1,108 @@
+"""One process of a run: ``python3 -m zoo_common.worker ENTRY --config FILE``, started by launch.
+
+It gives the process a text log of its own before anything else is imported, ends it when the
+launcher dies, and leaves word of how it failed.
+"""
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from zoo_common.errors import TrainingError, UserError
+
+LOG_VARIABLE = "ZOO_LOG_FILE"
+"""Where the processes of this machine write: one path per local rank, a line each."""
+
+FAILURES_VARIABLE = "ZOO_FAILURES"
+"""The directory in which a failed rank leaves ``<rank>.json``."""
+
+TRACEBACK_MARK = "---- this rank failed ----"
+
+PIN_VARIABLE = "ZOO_PIN_CORES"
+"""Set: each rank of this machine keeps to its own share of the cores."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Runs ``ENTRY.main(argv)``; the exit code is 0, 1 for a crash, 2 for a user's mistake."""
+    _write_to_own_log()
+    _die_with_parent()
+    if os.environ.get(PIN_VARIABLE):
+        _keep_to_own_cores(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    entry, *argv = sys.argv[1:]
+    try:
+        importlib.import_module(entry).main(argv)
+    except UserError as error:
+        _report(2, str(error), "")
+    except TrainingError as error:
+        _report(1, str(error), "")
+    except Exception as error:
+        _report(1, f"{type(error).__name__}: {error}", traceback.format_exc())
+    _end(0)
+
+
+def _write_to_own_log() -> None:
+    paths = os.environ.get(LOG_VARIABLE)
+    if paths is None:
+        return
+    path = paths.split("\n")[int(os.environ["LOCAL_RANK"])]
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    sys.stdout = open(1, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+
+
+def _die_with_parent() -> None:
+    """A killed launcher leaves no process behind (Linux; elsewhere nothing happens)."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)  # it died before the call
+
+
+def _keep_to_own_cores(local_rank: int, ranks: int) -> None:
+    """Data workers inherit this, so that ranks do not move over each other's caches."""
+    cores = sorted(os.sched_getaffinity(0))  # what a container or taskset leaves us
+    share = len(cores) // ranks
+    os.sched_setaffinity(0, cores[local_rank * share : (local_rank + 1) * share])
+
+
+def _report(code: int, message: str, trace: str) -> NoReturn:
+    """Leaves word for the launcher, prints the failure, and ends."""
+    rank = os.environ.get("RANK", "0")
+    directory = os.environ.get(FAILURES_VARIABLE)
+    if directory is not None:
+        word = {"code": code, "message": message, "traceback": trace, "time": time.time()}
+        partial = Path(directory, f".{rank}.partial")
+        partial.write_text(json.dumps(word), encoding="utf-8")
+        partial.rename(Path(directory, f"{rank}.json"))
+    print(f"{TRACEBACK_MARK}\n{trace or 'error: ' + message}", file=sys.stderr, flush=True)
+    _end(code)
+
+
+def _end(code: int) -> NoReturn:
+    """Ends without taking the interpreter down.
+
+    After a failure, a collective that waits for a dead rank would hold that up; and at any time
+    one of gloo's threads may still have to free a Python object, which aborts the process when
+    the interpreter is gone by then (seen with torch 2.14).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()
