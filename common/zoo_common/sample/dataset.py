@@ -1,0 +1,235 @@
+"""Which data set is wanted, where it goes, and who draws it."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from zoo_common.errors import UserError
+from zoo_common.sample import imagenet
+from zoo_common.sample.directory import default_root, make_directory
+from zoo_common.sample.scenes import SPLITS, VERSION, label_of
+from zoo_common.sample.shapes import CLASSES
+
+LAYOUTS = ("imagenet",)
+
+Progress = Callable[[int, int], None]
+
+_MIN_SIDE, _MAX_SIDE = 32, 4096
+# A worker reports after this many pictures: often enough for a progress bar and to notice within
+# a moment that its parent is gone.
+_REPORT_EVERY = 8
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A data set that can be drawn: the options have been checked."""
+
+    layout: str
+    counts: tuple[int, ...]
+    width: int
+    height: int
+    seed: int
+
+    @property
+    def pictures(self) -> list[tuple[str, int]]:
+        return [(split, i) for split, n in zip(SPLITS, self.counts, strict=True) for i in range(n)]
+
+    @property
+    def name(self) -> str:
+        counts = "-".join(f"{s}{n}" for s, n in zip(SPLITS, self.counts, strict=True))
+        size = f"{self.width}x{self.height}"
+        return f"sample-{self.layout}-v{VERSION}-seed{self.seed}-{size}-{counts}"
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        files: dict[str, int] = {}
+        for split, count in zip(SPLITS, self.counts, strict=True):
+            rounds = count // len(CLASSES)
+            rest = range(rounds * len(CLASSES), count)
+            more = Counter(label_of(self.seed, split, index) for index in rest)
+            files |= {f"{split}/{name}": rounds + more[name] for name in CLASSES}
+        return {
+            "data_set": "zoo_common.sample",
+            "version": VERSION,
+            "layout": self.layout,
+            "seed": self.seed,
+            "width": self.width,
+            "height": self.height,
+            "files": files,
+        }
+
+
+def make(
+    root: Path | None = None,
+    *,
+    layout: str = "imagenet",
+    train: int = 2000,
+    val: int = 500,
+    size: int | tuple[int, int] = 224,
+    seed: int = 0,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> Path:
+    """Draws the sample data set into a directory named after it, or finds it there.
+
+    Args:
+        root: where that directory is made; ``default_root()`` if None.
+        layout: one of ``LAYOUTS``. ``imagenet``: ``train/<class>/<class>_<number>.jpg`` and
+            ``val/...``, the class being the shape of the picture's main object.
+        train: pictures in ``train``.
+        val: pictures in ``val``.
+        size: of a picture in pixels: the side of a square, or (width, height).
+        seed: another seed gives other pictures.
+        workers: processes that draw. With more than one, the caller's main module must be
+            importable without side effects, as for every use of ``multiprocessing``.
+        progress: called with the pictures done so far and the total.
+
+    Returns:
+        The absolute path of the data set's directory.
+
+    Raises:
+        UserError: if an option is out of range, or the directory holds something else or cannot
+            be written.
+    """
+    wanted = _check(layout, train, val, size, seed, workers)
+    return _make(wanted, (root or default_root()) / wanted.name, workers, progress)
+
+
+def make_at(
+    directory: Path,
+    *,
+    layout: str = "imagenet",
+    train: int = 2000,
+    val: int = 500,
+    size: int | tuple[int, int] = 224,
+    seed: int = 0,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> Path:
+    """Draws the sample data set into the given directory itself, which must be new or empty.
+
+    Everything else is as in ``make()``.
+    """
+    wanted = _check(layout, train, val, size, seed, workers)
+    return _make(wanted, directory, workers, progress)
+
+
+def _check(
+    layout: str, train: int, val: int, size: int | tuple[int, int], seed: int, workers: int
+) -> _Wanted:
+    if layout not in LAYOUTS:
+        raise UserError(
+            f"the sample data set has no layout {layout!r}; choose one of {', '.join(LAYOUTS)}"
+        )
+    for name, count in (("train", train), ("val", val)):
+        if count < len(CLASSES):
+            raise UserError(
+                f"{name}={count} leaves a class of the sample data set without a picture; ask "
+                f"for at least {len(CLASSES)}"
+            )
+    width, height = (size, size) if isinstance(size, int) else size
+    for side in (width, height):
+        if not _MIN_SIDE <= side <= _MAX_SIDE:
+            raise UserError(
+                f"pictures of the sample data set cannot be {width} x {height} pixels; choose "
+                f"sides from {_MIN_SIDE} to {_MAX_SIDE}"
+            )
+    if seed < 0:
+        raise UserError(f"seed={seed} of the sample data set is negative; choose one from 0 up")
+    if workers < 1:
+        raise UserError(f"workers={workers} leaves nobody to draw; choose at least 1")
+    return _Wanted(layout, (train, val), width, height, seed)
+
+
+def _make(wanted: _Wanted, directory: Path, workers: int, progress: Progress | None) -> Path:
+    def fill(building: Path) -> None:
+        imagenet.make_folders(building)
+        if workers == 1:
+            total = sum(wanted.counts)
+            for done, (split, index) in enumerate(wanted.pictures, start=1):
+                imagenet.write_picture(
+                    building, wanted.seed, split, index, wanted.width, wanted.height
+                )
+                if progress is not None:
+                    progress(done, total)
+        else:
+            _fill_in_parallel(building, wanted, workers, progress)
+
+    return make_directory(directory, wanted.manifest, fill)
+
+
+def _fill_in_parallel(
+    building: Path, wanted: _Wanted, workers: int, progress: Progress | None
+) -> None:
+    # No pool: its idle workers outlive a parent that was killed. These draw a fixed share each.
+    # "spawn" because forking a process that has threads, as one with torch does, can hang.
+    context = get_context("spawn")
+    processes = []
+    readers: list[Connection] = []
+    done, total = 0, sum(wanted.counts)
+    try:
+        for share in range(workers):
+            reader, writer = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_draw_share, args=(building, wanted, share, workers, writer), daemon=True
+            )
+            process.start()
+            writer.close()
+            processes.append(process)
+            readers.append(reader)
+        while done < total:
+            ready = wait(readers)
+            for reader in [reader for reader in readers if reader in ready]:
+                try:
+                    report = reader.recv()
+                except EOFError:
+                    readers.remove(reader)
+                    if not readers and done < total:
+                        raise UserError(
+                            "a process that drew the sample data set was killed, maybe for want "
+                            "of memory; start again with fewer workers"
+                        ) from None
+                    continue
+                if isinstance(report, OSError):
+                    raise report
+                done += report
+                if progress is not None:
+                    progress(done, total)
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+        for reader in readers:
+            reader.close()
+
+
+def _draw_share(
+    building: Path, wanted: _Wanted, share: int, shares: int, reports: Connection
+) -> None:
+    """Draws every ``shares``-th picture; sends numbers of pictures done, or what went wrong."""
+    # Ctrl-C goes to all processes of a terminal; the parent sees to its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    unreported = 0
+    with suppress(BrokenPipeError):  # The parent is gone: nobody wants the rest.
+        for split, index in wanted.pictures[share::shares]:
+            try:
+                imagenet.write_picture(
+                    building, wanted.seed, split, index, wanted.width, wanted.height
+                )
+            except OSError as error:
+                reports.send(error)
+                return
+            unreported += 1
+            if unreported == _REPORT_EVERY:
+                reports.send(unreported)
+                unreported = 0
+        reports.send(unreported)
