@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, never code, and clear about what does not fit."""
 
+import argparse
 import os
 import pickle
 import random
@@ -33,7 +34,14 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["last.pth"]
 
 
-@pytest.mark.parametrize("wrap", [lambda w: w, lambda w: {"state_dict": w}, lambda w: {"model": w}])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda weights: weights,
+        lambda weights: {"state_dict": weights, "epoch": 3},
+        lambda weights: {"model": weights, "args": argparse.Namespace(lr=1e-3, data_path="/x")},
+    ],
+)
 def test_weights_files_of_other_tools_are_read(wrap, tmp_path: Path) -> None:
     weights = network().state_dict()
     torch.save(wrap({f"module.{key}": value for key, value in weights.items()}), tmp_path / "w.pth")
@@ -150,5 +158,5 @@ def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
 
 
 def test_a_read_only_place_is_told() -> None:
-    with pytest.raises(TrainingError, match="Cannot write the checkpoint /proc/nothing/last.pth"):
+    with pytest.raises(TrainingError, match=r"Cannot write the checkpoint /proc/nothing/last\.pth"):
         checkpoint.save(Path("/proc/nothing/last.pth"), {"model": {}})

@@ -201,7 +201,18 @@ def test_sourcing_twice_changes_nothing_more(root: Path) -> None:
     assert "kept: TASK_QUEUE_ENABLE=2 (already set)" in out
 
 
-def test_repository_environment_is_used_when_none_is_active(root: Path, tmp_path: Path) -> None:
+def put_bare_python_first(environ: dict[str, str], directory: Path) -> None:
+    """A python3 on the path that has no package installed."""
+    bare = directory / "bare/python3"
+    bare.parent.mkdir()
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
+    bare.chmod(0o755)
+    environ["PATH"] = f"{bare.parent}:{environ['PATH']}"
+
+
+def test_repository_environment_is_used_when_the_active_python_lacks_the_zoo(
+    root: Path, tmp_path: Path
+) -> None:
     """From another directory, with spaces and a quote in every path."""
     repository = tmp_path / "my 'zoo'"
     script = repository / "contrib/x/test/env_npu.sh"
@@ -213,7 +224,7 @@ def test_repository_environment_is_used_when_none_is_active(root: Path, tmp_path
     python.chmod(0o755)
     make_cann(root / "usr/local/Ascend")
     environ = environment(root, SCRIPT=str(script))
-    del environ["VIRTUAL_ENV"]
+    put_bare_python_first(environ, tmp_path)
     out, err = bash('source "$SCRIPT"; echo $TASK_QUEUE_ENABLE', environ, cwd=tmp_path)
     assert (out, err) == ("2\n", "")
     assert (root / "home.called").read_text().strip() == "-m zoo_common.npu_env --shell"
@@ -223,13 +234,11 @@ def test_repository_environment_is_used_when_none_is_active(root: Path, tmp_path
 
 def test_python_without_zoo_common_is_told_how_to_get_it(root: Path, tmp_path: Path) -> None:
     make_cann(root / "usr/local/Ascend")
-    bare = tmp_path / "bare/python3"
-    bare.parent.mkdir()
-    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
-    bare.chmod(0o755)
+    script = tmp_path / "env_npu.sh"  # no repository above it
+    shutil.copy(ENV_NPU, script)
     environ = environment(root)
-    environ["PATH"] = f"{bare.parent}:{environ['PATH']}"
-    code = f'status=0; source "{ENV_NPU}" || status=$?; echo $status ${{TASK_QUEUE_ENABLE-unset}}'
+    put_bare_python_first(environ, tmp_path)
+    code = f'status=0; source "{script}" || status=$?; echo $status ${{TASK_QUEUE_ENABLE-unset}}'
     out, err = bash(code, environ)
     assert out == "1 unset\n"
     assert len(err.splitlines()) == 1

@@ -9,6 +9,7 @@ A training checkpoint is a dict of plain containers and tensors::
 weights file for any tool that reads ``{"model": state_dict}``.
 """
 
+import argparse
 import contextlib
 import os
 import pickle
@@ -73,7 +74,8 @@ def load(path: Path) -> dict[str, Any]:
         UserError: no such file, truncated or damaged, holds more than plain data, or no weights.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DeiT-style "args"
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"Cannot read the checkpoint {path}: {error.strerror}.") from error
     except pickle.UnpicklingError as error:

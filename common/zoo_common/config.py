@@ -116,6 +116,9 @@ class RunConfig:
         bare="last",
     )
     seed: int = setting(0, "seed of weights, data order and augmentation", at_least=0)
+    threads: int = setting(
+        0, "CPU threads of each process; 0: its share of the cores, or OMP_NUM_THREADS", at_least=0
+    )
     deterministic: bool = setting(False, "only operators that give the same bits every time")
     float32: str = setting(
         "auto",

@@ -105,7 +105,7 @@ def _run_ranks(spec: RunSpec, config: Any, place: "Place", directory: Path) -> "
         return agent.run(
             [sys.executable, "-m", "zoo_common.worker", spec.entry, f"--config={file}"],
             place,
-            environment={**_cores(place), LOG_VARIABLE: "\n".join(map(str, logs))},
+            environment={**_cores(place, config.run.threads), LOG_VARIABLE: "\n".join(map(str, logs))},
             grace_s=config.run.stop_grace_s,
             join_timeout_s=config.launch.join_timeout_s,
             local_addr=config.launch.local_addr,
@@ -114,17 +114,19 @@ def _run_ranks(spec: RunSpec, config: Any, place: "Place", directory: Path) -> "
         console.stop()
 
 
-def _cores(place: "Place") -> dict[str, str]:
-    """Each rank computes with its share of the cores, unless the user says otherwise.
+def _cores(place: "Place", threads: int) -> dict[str, str]:
+    """Each rank computes with its share of the cores, or with as many threads as the user says.
 
     Pinning helps when a rank has several cores. NPUs are left to CPU_AFFINITY_CONF, which knows
     which cores are near a card and does nothing in a process that is pinned already.
     """
-    if not hasattr(os, "sched_getaffinity"):
-        return {}
-    share = max(1, len(os.sched_getaffinity(0)) // place.processes)
-    environment = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(share)}
-    if place.device != "npu" and place.processes > 1 and share > 1:
+    affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
+    share = max(1, cores // place.processes)
+    environment = {}
+    if threads or "OMP_NUM_THREADS" not in os.environ:
+        environment["OMP_NUM_THREADS"] = str(threads or share)
+    if affinity and place.device != "npu" and place.processes > 1 and share > 1:
         environment[PIN_VARIABLE] = "1"
     return environment
 

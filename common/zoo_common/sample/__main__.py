@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "$ZOO_DATA_DIR, or else in ~/.cache/zoo_common)",
     )
     for name, default, text in (
-        ("--train", 2000, "pictures to train on (default: %(default)s)"),
+        ("--train", 4000, "pictures to train on (default: %(default)s)"),
         ("--val", 500, "pictures held out (default: %(default)s)"),
         ("--seed", 0, "another seed gives other pictures (default: %(default)s)"),
         ("--workers", 1, "processes that draw (default: %(default)s)"),

@@ -4,7 +4,7 @@ eval "$(
     set +eu
     if [ "${1-}" = --show ]; then set -- --show; else set --; fi
     dir=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd) python=python3
-    if [ -z "${VIRTUAL_ENV-}${CONDA_PREFIX-}" ]; then
+    if ! python3 -c 'import zoo_common' 2>/dev/null; then
         until [ -x "$dir/.venv/bin/python3" ] || [ "$dir" = / ]; do dir=$(dirname -- "$dir"); done
         [ "$dir" = / ] || python=$dir/.venv/bin/python3
     fi

@@ -1,0 +1,636 @@
+"""The way of images from disk to device: order, randomness, damage, workers, batches.
+
+Nothing here depends on what went before in a run. Step s lies in epoch e = s // steps_per_epoch;
+the order of epoch e is a function of (seed, e), and the random augmentation of an item is a
+function of (seed, e, index). So the data position of a run is its step number alone, one stream
+serves the whole run, and neither the number of workers nor that of processes changes a picture.
+
+Shape letters: B images, C channels (RGB), H W pixels, D numbers that a transform left behind.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import io
+import logging
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import struct
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import blake2b
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset
+
+from zoo_common.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+_CPU = torch.device("cpu")
+_NAMES_SHOWN = 10
+
+
+# ---------------------------------------------------------------------------- order
+
+
+class Draw(NamedTuple):
+    """One item of one epoch: all that its picture depends on, beside the run's seed."""
+
+    epoch: int
+    index: int  # type: ignore[assignment]  # tuple.index is of no use here
+
+
+class StepSampler:
+    """The batches of one process over a whole run, as lists of ``Draw``; a batch sampler.
+
+    The global batch of a step is a contiguous slice of the epoch's order, and rank r takes its
+    r-th part, so that the global batch does not depend on the number of processes. What does not
+    fill a global batch at the end of an epoch is dropped from that epoch.
+
+    Args:
+        size: Number of items.
+        batch_size: Items a step of this process.
+        rank: This process, 0 to world_size - 1.
+        world_size: Number of processes.
+        seed: Decides the order together with the epoch.
+        start_step: The first step to yield.
+        total_steps: The step to stop before; None for an endless stream.
+        shuffle: False takes the items in their own order in each epoch.
+
+    Raises:
+        UserError: Fewer items than one global batch.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        *,
+        rank: int,
+        world_size: int,
+        seed: int,
+        start_step: int = 0,
+        total_steps: int | None = None,
+        shuffle: bool = True,
+    ) -> None:
+        assert 0 <= rank < world_size
+        self.steps_per_epoch = steps_per_epoch(size, batch_size, world_size)
+        self.start_step = start_step
+        self.total_steps = total_steps
+        self._size = size
+        self._batch_size = batch_size
+        self._global_batch = batch_size * world_size
+        self._rank = rank
+        self._seed = seed
+        self._shuffle = shuffle
+
+    def __len__(self) -> int:
+        """Steps from ``start_step`` to ``total_steps``; a TypeError for an endless stream."""
+        if self.total_steps is None:
+            raise TypeError("an endless stream has no length")
+        return max(0, self.total_steps - self.start_step)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        step, epoch, order = self.start_step, -1, np.empty(0, np.int64)
+        while self.total_steps is None or step < self.total_steps:
+            now, position = divmod(step, self.steps_per_epoch)
+            if now != epoch:
+                epoch, order = now, self._order(now)
+            begin = position * self._global_batch + self._rank * self._batch_size
+            yield [Draw(epoch, int(i)) for i in order[begin : begin + self._batch_size]]
+            step += 1
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        if not self._shuffle:
+            return np.arange(self._size)
+        # Sorting raw Philox words, which numpy promises never to change, keeps the order of an
+        # epoch the same under any numpy; Generator.permutation has no such promise.
+        key = epoch << 64 | _unsigned(self._seed)
+        return np.argsort(np.random.Philox(key=key).random_raw(self._size))
+
+
+def steps_per_epoch(size: int, batch_size: int, world_size: int) -> int:
+    """Whole global batches in a data set.
+
+    Raises:
+        UserError: There is none.
+    """
+    steps = size // (batch_size * world_size)
+    if steps == 0:
+        raise UserError(
+            f"the training set has {size} images, fewer than one global batch of "
+            f"{batch_size * world_size} ({batch_size} images x {world_size} processes); "
+            "use a smaller batch size or fewer processes"
+        )
+    return steps
+
+
+def shard(size: int, rank: int, world_size: int) -> range:
+    """The items of one process in evaluation: every item in exactly one process, no padding."""
+    return range(rank, size, world_size)
+
+
+# ---------------------------------------------------------------------------- randomness
+
+
+@contextmanager
+def kept_rng() -> Iterator[None]:
+    """Puts back the states of Python's, numpy's and torch's CPU generators; takes 60 us."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def seed_rng(seed: int, epoch: int, index: int) -> None:
+    """Seeds the same generators for one item of one epoch; takes 10 us."""
+    packed = struct.pack("<Qqq", _unsigned(seed), epoch, index)
+    # Three seeds, since numpy and torch turn the same one into the same Mersenne twister.
+    for_python, for_torch, for_numpy = struct.unpack(
+        "<QQL", blake2b(packed, digest_size=20).digest()
+    )
+    random.seed(for_python)
+    np.random.seed(for_numpy)
+    # torch.manual_seed would also seed the accelerators, and takes 100 us.
+    torch.default_generator.manual_seed(for_torch)
+
+
+def _unsigned(seed: int) -> int:
+    return seed % (1 << 64)
+
+
+# ---------------------------------------------------------------------------- items
+
+
+class ImageSource(Protocol):
+    """A list of labelled image files, for example ``zoo_common.imagenet.FolderIndex``."""
+
+    def __len__(self) -> int: ...
+
+    def path(self, index: int) -> str:
+        """The path of an image's file."""
+
+    def item_id(self, index: int) -> str:
+        """The image's name for people."""
+
+    def label(self, index: int) -> int:
+        """The image's class number."""
+
+
+class Pixels(NamedTuple):
+    """What a transform makes of an image.
+
+    ``draws`` are whole numbers that it drew for a later part on the device, such as where to
+    erase; always as many for one transform.
+    """
+
+    image_HWC: NDArray[np.uint8]
+    draws: tuple[int, ...] = ()
+
+
+Transform = Callable[[Image.Image], Pixels]
+
+
+class Damaged(NamedTuple):
+    """An image that cannot be read, and why."""
+
+    item_id: str
+    reason: str
+
+
+class Batch(NamedTuple):
+    """Images of one size with their labels.
+
+    Attributes:
+        images_BCHW: uint8, RGB, 0 to 255.
+        labels_B: int64 class numbers.
+        draws_BD: int64, what the transform drew for the device; stays in host memory, so that
+            reading it never waits for the device.
+        item_ids: The images' names, in the order of the batch.
+        damaged: Images that were met and left out while this batch was made.
+    """
+
+    images_BCHW: torch.Tensor
+    labels_B: torch.Tensor
+    draws_BD: torch.Tensor
+    item_ids: list[str]
+    damaged: list[Damaged]
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with images and labels on a device; does not wait if they are pinned."""
+        pinned = self.images_BCHW.is_pinned()
+        return self._replace(
+            images_BCHW=self.images_BCHW.to(device, non_blocking=pinned),
+            labels_B=self.labels_B.to(device, non_blocking=pinned),
+        )
+
+
+class Normalize(nn.Module):
+    """uint8 images of 0 to 255 to float32, (image / 255 - mean) / std by channel.
+
+    Args:
+        mean: By channel, for values in [0, 1].
+        std: By channel, for values in [0, 1].
+    """
+
+    mean_C11: torch.Tensor
+    std_C11: torch.Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        for name, values in (("mean_C11", mean), ("std_C11", std)):
+            tensor = torch.tensor(values, dtype=torch.float32).mul_(255).view(-1, 1, 1)
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """Returns float32 [B, C, H, W], a new tensor."""
+        return images_BCHW.to(torch.float32).sub_(self.mean_C11).div_(self.std_C11)
+
+
+class DamagedImageError(Exception):
+    """An image file that cannot be opened or decoded; the message is the reason."""
+
+
+def read_image(path: str) -> Image.Image:
+    """Reads and decodes an image file as RGB; alpha is dropped, EXIF orientation is not applied.
+
+    Raises:
+        DamagedImageError: It cannot be opened or decoded.
+    """
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123 - Path() costs as much as the read
+            image: Image.Image = Image.open(io.BytesIO(file.read()))
+        if image.mode == "P" and "transparency" in image.info:
+            # Straight to RGB, Pillow would warn; the colours are the same.
+            image = image.convert("RGBA")
+        if image.mode != "RGB":
+            return image.convert("RGB")
+        image.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
+        raise DamagedImageError(" ".join(str(error).split()) or type(error).__name__) from error
+    return image
+
+
+class _Items(Dataset[Batch]):
+    """What the data sets of training and evaluation share; a worker gets a copy."""
+
+    def __init__(self, source: ImageSource, transform: Transform, max_damaged: int) -> None:
+        self._source = source
+        self._transform = transform
+        self._max_damaged = max_damaged
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def blank(self) -> Pixels:
+        """What the transform makes of a black image; has the shape of every item."""
+        with kept_rng():
+            return self._transform(Image.new("RGB", (8, 8)))
+
+    def _read(self, index: int, damaged: list[Damaged]) -> Image.Image | None:
+        try:
+            return read_image(self._source.path(index))
+        except DamagedImageError as error:
+            damaged.append(Damaged(self._source.item_id(index), str(error)))
+            return None
+
+    def _batch(self, pixels: list[Pixels], indices: list[int], damaged: list[Damaged]) -> Batch:
+        like = pixels[0] if pixels else self.blank()
+        height, width, channels = like.image_HWC.shape
+        images_BCHW = np.empty((len(pixels), channels, height, width), np.uint8)
+        draws_BD = np.empty((len(pixels), len(like.draws)), np.int64)
+        for row, item in enumerate(pixels):
+            np.copyto(images_BCHW[row], item.image_HWC.transpose(2, 0, 1))
+            draws_BD[row] = item.draws
+        return Batch(
+            images_BCHW=torch.from_numpy(images_BCHW),
+            labels_B=torch.tensor([self._source.label(i) for i in indices], dtype=torch.int64),
+            draws_BD=torch.from_numpy(draws_BD),
+            item_ids=[self._source.item_id(i) for i in indices],
+            damaged=damaged,
+        )
+
+
+class TrainItems(_Items):
+    """Makes training batches from lists of ``Draw``.
+
+    In the place of a damaged image comes the next one of the data set that can be read, with its
+    own label, so that a batch always has its full size.
+    """
+
+    def __init__(
+        self, source: ImageSource, transform: Transform, max_damaged: int, seed: int
+    ) -> None:
+        super().__init__(source, transform, max_damaged)
+        self._seed = seed
+
+    def __getitems__(self, draws: Sequence[Draw]) -> Batch:
+        pixels: list[Pixels] = []
+        indices: list[int] = []
+        damaged: list[Damaged] = []
+        with kept_rng():
+            for draw in draws:
+                image, index = self._read_or_next(draw.index, damaged)
+                seed_rng(self._seed, draw.epoch, draw.index)
+                pixels.append(self._transform(image))
+                indices.append(index)
+        return self._batch(pixels, indices, damaged)
+
+    def _read_or_next(self, index: int, damaged: list[Damaged]) -> tuple[Image.Image, int]:
+        for offset in range(self._max_damaged + 1):
+            near = (index + offset) % len(self._source)
+            image = self._read(near, damaged)
+            if image is not None:
+                return image, near
+        # More damage than the run allows: the main process ends it when it counts this batch.
+        return Image.new("RGB", (8, 8)), index
+
+
+class EvalItems(_Items):
+    """Makes evaluation batches from lists of indices; damaged images are left out."""
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        pixels: list[Pixels] = []
+        kept: list[int] = []
+        damaged: list[Damaged] = []
+        for index in indices:
+            image = self._read(index, damaged)
+            if image is not None:
+                pixels.append(self._transform(image))
+                kept.append(index)
+        return self._batch(pixels, kept, damaged)
+
+
+class DamagedItems:
+    """Counts and names the damaged images of a run, each file once, up to a limit.
+
+    Args:
+        limit: How many damaged images one process accepts.
+        what: What is done with one, for the log: ``replaced`` or ``left out``.
+    """
+
+    def __init__(self, limit: int, what: str) -> None:
+        self.limit = limit
+        self.found: dict[str, str] = {}
+        self._what = what
+
+    def add(self, items: Iterable[Damaged]) -> None:
+        """Counts and logs those that are new.
+
+        Raises:
+            UserError: There are more than the limit; the message lists them.
+        """
+        for item_id, reason in items:
+            if item_id not in self.found:
+                self.found[item_id] = reason
+                _log.warning("damaged image %s: %s (%s)", self._what, item_id, reason)
+        if len(self.found) <= self.limit:
+            return
+        shown = [f"{name} ({reason})" for name, reason in self.found.items()][:_NAMES_SHOWN]
+        more = len(self.found) - len(shown)
+        names = ", ".join(shown) + (f" and {more} more" if more else "")
+        raise UserError(
+            f"{len(self.found)} images are damaged, more than the {self.limit} that are allowed: "
+            f"{names}; restore or remove these files, or allow more with max_damaged"
+        )
+
+
+# ---------------------------------------------------------------------------- loading
+
+
+class WorkerInit:
+    """Readies a data worker: ``worker_init_fn`` of one loader, to be closed before its workers end.
+
+    A launcher and a terminal signal whole process groups, and it is the main process that
+    decides what a signal means: it may still need batches to reach its last step. So workers
+    ignore SIGINT, and SIGTERM until the main process has called ``close``. A worker ends when
+    its main process ends it or is gone (torch's watchdog, within 5 s).
+    """
+
+    def __init__(self) -> None:
+        self._closed = multiprocessing.RawValue(ctypes.c_bool, True)
+
+    def open(self) -> None:
+        """SIGTERM is ignored from here on."""
+        self._closed.value = False
+        _open_inits.add(self)
+
+    def close(self) -> None:
+        """SIGTERM ends a worker from here on; torch sends it to those that miss their message."""
+        self._closed.value = True
+        _open_inits.discard(self)
+
+    def __call__(self, worker_id: int) -> None:
+        """Runs in the worker; torch has set it to one thread."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._on_terminate)
+
+    def _on_terminate(self, number: int, frame: types.FrameType | None) -> None:
+        if self._closed.value:
+            os._exit(0)
+
+
+_open_inits: set[WorkerInit] = set()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Runs before multiprocessing's own exit function, which would wait for deaf workers."""
+    for worker_init in list(_open_inits):
+        worker_init.close()
+
+
+class BatchStream:
+    """Batches of one process in order, with damaged images counted as they pass.
+
+    Iterating begins anew each time: training at its start step, evaluation at the first image.
+    Made by ``build_loader`` and ``build_eval_loader``.
+    """
+
+    def __init__(
+        self,
+        items: TrainItems | EvalItems,
+        batches: StepSampler | BatchSampler,
+        damaged: DamagedItems,
+        *,
+        workers: int,
+        prefetch_factor: int,
+        device: torch.device,
+    ) -> None:
+        self.damaged = damaged
+        self._batches = batches
+        self._worker_init = WorkerInit()
+        self._iterator: Iterator[Batch] | None = None
+        self._loader: DataLoader[Any] = DataLoader(
+            items,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            # Pinned memory needs an accelerator; mps has none that torch can pin for.
+            pin_memory=device.type not in ("cpu", "mps"),
+            worker_init_fn=self._worker_init,
+            prefetch_factor=prefetch_factor if workers else None,
+            generator=torch.Generator(),  # or else each start draws from the caller's
+        )
+        # A stream that is lost in a reference cycle, such as that of an exception, is closed
+        # before the garbage collector has torch end the workers.
+        weakref.finalize(self, self._worker_init.close)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch in training."""
+        assert isinstance(self._batches, StepSampler)
+        return self._batches.steps_per_epoch
+
+    def seek(self, step: int) -> None:
+        """Sets the step at which the next iteration of a training stream begins."""
+        assert isinstance(self._batches, StepSampler)
+        self._batches.start_step = step
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        self._worker_init.open()
+        self._iterator = iter(self._loader)
+        return self
+
+    def __next__(self) -> Batch:
+        try:
+            while self._iterator is not None:
+                batch = next(self._iterator)
+                self.damaged.add(batch.damaged)
+                if batch.item_ids:  # every image of an evaluation batch may be damaged
+                    return batch
+        except BaseException:  # the end of the data, too much damage, an error in a worker
+            self.close()
+            raise
+        raise StopIteration
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._worker_init.close()
+        self._iterator = None
+
+
+def build_loader(
+    source: ImageSource,
+    transform: Transform,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    start_step: int = 0,
+    total_steps: int | None = None,
+    shuffle: bool = True,
+    workers: int = 0,
+    prefetch_factor: int = 2,
+    max_damaged: int = 10,
+    device: torch.device = _CPU,
+) -> BatchStream:
+    """The training batches of one process, for the whole run.
+
+    Args:
+        source: The images.
+        transform: Makes an image ready; a picklable callable that draws from the global
+            generators of Python, numpy or torch.
+        batch_size: Images a step of this process.
+        rank: This process, 0 to world_size - 1.
+        world_size: Number of processes.
+        seed: Decides order and augmentation.
+        start_step: The first step, to resume; ``BatchStream.seek`` changes it later.
+        total_steps: The step to stop before; None for an endless stream.
+        shuffle: False takes the images in the order of the source.
+        workers: Data worker processes; 0 loads in this process. Does not change the batches.
+        prefetch_factor: Batches that each worker makes in advance.
+        max_damaged: Damaged images that this process accepts before it ends the run.
+        device: Where the batches are going; memory is pinned for an accelerator.
+
+    Raises:
+        UserError: Fewer images than one global batch, or too little shared memory for the
+            workers; while iterating, more damaged images than allowed.
+    """
+    items = TrainItems(source, transform, max_damaged, seed)
+    batches = StepSampler(
+        len(source),
+        batch_size,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        start_step=start_step,
+        total_steps=total_steps,
+        shuffle=shuffle,
+    )
+    _check_shared_memory(items, batch_size, workers, prefetch_factor)
+    damaged = DamagedItems(max_damaged, "replaced by the next one")
+    return BatchStream(
+        items, batches, damaged, workers=workers, prefetch_factor=prefetch_factor, device=device
+    )
+
+
+def build_eval_loader(
+    source: ImageSource,
+    transform: Transform,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    prefetch_factor: int = 2,
+    max_damaged: int = 10,
+    device: torch.device = _CPU,
+) -> BatchStream:
+    """The evaluation batches of one process: over all processes, every image exactly once.
+
+    The last batch may be smaller, and processes may have one batch more or less. Damaged images
+    are left out, logged, and found in ``BatchStream.damaged``. Arguments and errors are those of
+    ``build_loader``.
+    """
+    items = EvalItems(source, transform, max_damaged)
+    batches = BatchSampler(shard(len(source), rank, world_size), batch_size, drop_last=False)
+    _check_shared_memory(items, batch_size, workers, prefetch_factor)
+    damaged = DamagedItems(max_damaged, "left out")
+    return BatchStream(
+        items, batches, damaged, workers=workers, prefetch_factor=prefetch_factor, device=device
+    )
+
+
+def _check_shared_memory(
+    items: TrainItems | EvalItems, batch_size: int, workers: int, prefetch_factor: int
+) -> None:
+    """Workers hand over batches in /dev/shm, and die of a bus error when it is full."""
+    shared = "/dev/shm"
+    if not workers or not os.path.isdir(shared):  # noqa: PTH112
+        return
+    needed = items.blank().image_HWC.nbytes * batch_size * workers * (prefetch_factor + 1)
+    free = shutil.disk_usage(shared).free
+    if free < needed:
+        raise UserError(
+            f"{shared} has {free >> 20} MB free, and {workers} data workers need up to "
+            f"{needed >> 20} MB of it; use fewer workers, a smaller batch size or more shared "
+            "memory (docker run --shm-size)"
+        )
+
+
+def _as_it_is(batch: Any) -> Any:
+    """Batches come whole from the data set, so there is nothing to collate."""
+    return batch

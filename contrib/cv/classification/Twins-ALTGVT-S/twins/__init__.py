@@ -1,0 +1,1 @@
+"""Twins: image classification with spatially separable self-attention."""
