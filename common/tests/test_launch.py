@@ -212,7 +212,7 @@ def test_a_killed_launcher_leaves_no_process(toy: Path) -> None:
     assert len(family) >= 2
     child.kill()
     child.wait()
-    gone, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive, alive
     done = launch(toy, "train_2p", "--resume", "--steps=8")
     assert done.returncode == 0, done.stderr

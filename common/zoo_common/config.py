@@ -97,7 +97,9 @@ class PrecisionConfig:
     clip_grad: float = setting(
         0.0, "largest global gradient norm, in true units; 0: no clipping", at_least=0
     )
-    accumulate: int = setting(1, "micro-batches per optimizer step", at_least=1)
+    accumulate: int = setting(
+        1, "parts that a batch is cut into to save memory, one backward pass each", at_least=1
+    )
 
 
 @dataclass

@@ -105,7 +105,10 @@ def _run_ranks(spec: RunSpec, config: Any, place: "Place", directory: Path) -> "
         return agent.run(
             [sys.executable, "-m", "zoo_common.worker", spec.entry, f"--config={file}"],
             place,
-            environment={**_cores(place, config.run.threads), LOG_VARIABLE: "\n".join(map(str, logs))},
+            environment={
+                **_cores(place, config.run.threads),
+                LOG_VARIABLE: "\n".join(map(str, logs)),
+            },
             grace_s=config.run.stop_grace_s,
             join_timeout_s=config.launch.join_timeout_s,
             local_addr=config.launch.local_addr,

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from toy.config import CARD_OPTIONS, Config, FaultConfig
 
+from toy.config import CARD_OPTIONS, Config, FaultConfig
 from zoo_common.amp import Precision
 from zoo_common.config import load_config
 from zoo_common.distributed import wrap

@@ -1,0 +1,84 @@
+"""ci/lint.sh, ci/test.sh and .ci/run: what they start, and how they end."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+STEPS = ["lint", "test", "smoke", "copy_out"]
+
+
+def run(script: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(script), *words],
+        cwd="/",
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
+
+
+def stub(file: Path, body: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    file.chmod(0o755)
+
+
+@pytest.mark.parametrize("failing", [None, *STEPS])
+def test_ci_stops_at_the_first_failure_and_says_so_last(
+    copy: Path, tmp_path: Path, failing: str | None
+) -> None:
+    done = tmp_path / "done"
+    for step in STEPS:
+        code = 3 if step == failing else 0
+        stub(copy / "ci" / f"{step}.sh", f"echo {step} >> '{done}'; exit {code}")
+    result = run(copy / ".ci" / "run")
+    last = result.stdout.splitlines()[-1]
+    if failing is None:
+        assert result.returncode == 0
+        assert last.startswith("CI passed in ")
+        assert done.read_text().split() == STEPS
+    else:
+        assert result.returncode == 1
+        assert last.startswith(f"CI failed: ci/{failing}.sh")
+        assert done.read_text().split() == STEPS[: STEPS.index(failing) + 1]
+
+
+@pytest.fixture
+def lint_tools(copy: Path, stub_venv: Path) -> Path:
+    """Stubs of the tools that lint uses; gives the file with their calls."""
+    calls = copy.parent / "lint calls"
+    for name in ("ruff", "mypy", "shellcheck", "codespell", "lint-imports"):
+        body = f'echo "{name} $*" >> "{calls}"; [[ "{name} $*" != "${{BREAK-none}}"* ]]'
+        stub(copy / ".venv" / "bin" / name, body)
+    for program in ("check_layout.py", "tables.py"):
+        (copy / "tools" / program).write_text("")
+    return calls
+
+
+def test_lint_tries_every_check(copy: Path, lint_tools: Path) -> None:
+    result = run(copy / "ci" / "lint.sh")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.splitlines()[-1] == "lint: all passed"
+    calls = lint_tools.read_text()
+    assert "ruff check ." in calls
+    assert "mypy common/zoo_common" in calls
+    shells = next(line for line in calls.splitlines() if line.startswith("shellcheck"))
+    for script in ("ci/lint.sh", ".ci/run", "tools/environment.sh", "test/env_npu.sh"):
+        assert script in shells
+
+
+def test_lint_names_what_failed_after_trying_the_rest(copy: Path, lint_tools: Path) -> None:
+    result = run(copy / "ci" / "lint.sh", BREAK="ruff check")
+    assert result.returncode == 1
+    assert result.stdout.splitlines()[-1] == "lint: failed: ruff"
+    assert "lint-imports" in lint_tools.read_text()
+
+
+def test_tests_get_pytest_words(copy: Path, stub_venv: Path) -> None:
+    (copy / "tests" / "test_only.py").write_text("def test_it():\n    pass\n")
+    result = run(copy / "ci" / "test.sh", "tests/test_only.py", "-q")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "1 passed" in result.stdout
+    assert "ci/requirements.txt" in stub_venv.read_text()

@@ -1,0 +1,261 @@
+"""Fills the generated tables of the READMEs, which stand between markers.
+
+    python tools/tables.py [--check] [--root DIR]
+
+``<!-- options:begin -->`` and ``<!-- options:end -->`` hold the table ``options``; the names are
+the keys of MODEL_TABLES and ROOT_TABLES. Options come from the config, runs from test/runs.yaml,
+results from the records in results/*.json. What a card or a paper published stands in
+results/published.yaml, and in columns of its own::
+
+    source: the model card, 2023.03.02
+    metric: Acc@1
+    rows:
+      - {name: 8p-NPU, score: 78.43, fps: 2026.39, epochs: 100, amp: O1, torch: "1.8",
+         record: train_full_8p_npu.json}      # the record of the same run here, once there is one
+
+With --check nothing is written, and the exit code is 1 if a table is stale.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from model_dirs import ROOT, ModelDir, find_models
+from zoo_common import npu_env, runs
+from zoo_common.config import Field
+
+PLANNED = {
+    "built-in/cv/detection/Faster_Mask_RCNN_for_PyTorch": "Faster R-CNN and Mask R-CNN",
+    "contrib/cv/detection/SOLOv2": "instance segmentation with SOLOv2",
+    "built-in/others/DeCLIP_for_PyTorch": "data-efficient CLIP pre-training",
+    "built-in/others/GLIP_for_PyTorch": "grounded language-image pre-training and detection",
+}
+MARKED = re.compile(r"(<!-- ([\w-]+):begin -->\n)(.*?)(<!-- \2:end -->)", re.DOTALL)
+NOT_RUN = "not run"
+
+Row = Iterable[object]
+
+
+def table(header: Row, rows: Iterable[Row]) -> str:
+    """A Markdown table; None and empty cells become a dash."""
+    names = list(header)
+    lines: list[Row] = [names, ["---"] * len(names), *rows]
+    return "".join(f"| {' | '.join(_cell(cell) for cell in line)} |\n" for line in lines)
+
+
+def _cell(value: object) -> str:
+    text = "" if value is None else str(value)
+    return " ".join(text.replace("|", "\\|").split()) or "-"
+
+
+def options_table(model: ModelDir) -> str:
+    """Every option of the model's runs, with the value that its first run gives it."""
+    loaded = runs.load(model.path)
+    first, values = _first_run(loaded)
+    fields = {field.path: field for field in loaded.fields()}
+    rows: list[Row] = []
+    for option in loaded.options():
+        names = f"`{option.name}`"
+        targets = ", ".join(f"`{target}`" for target in option.targets)
+        origin = "this model" if option.name in loaded.card_options else "every model"
+        if option.kind == "flag":
+            rows.append((names, targets, None, "takes no value", origin))
+            continue
+        field = fields[option.targets[0].partition("=")[0]]
+        rows.append((names, targets, values[field.path], _meaning(field), origin))
+    return table(("option", "sets", f"in {first}", "meaning", "known to"), rows)
+
+
+def _first_run(loaded: runs.Model) -> tuple[str, dict[str, str | None]]:
+    """The name of the first run of test/runs.yaml, and its settings as text."""
+    name, run = next(iter(loaded.runs.items()))
+    config = loaded.config(run, [])
+    values: dict[str, str | None] = {}
+    for field in loaded.fields():
+        value = config
+        for part in field.path.split("."):
+            value = getattr(value, part)
+        values[field.path] = None if value in ("", None) else f"`{value}`"
+    return name, values
+
+
+def settings_table(model: ModelDir) -> str:
+    """The settings of the config that no option names."""
+    loaded = runs.load(model.path)
+    first, values = _first_run(loaded)
+    named = {target.partition("=")[0] for option in loaded.options() for target in option.targets}
+    rows = [
+        (f"`{field.path}`", values[field.path], _meaning(field))
+        for field in loaded.fields()
+        if field.path not in named
+    ]
+    return table(("setting", f"in {first}", "meaning"), rows)
+
+
+def _meaning(field: Field) -> str:
+    choices = field.metadata.get("choices") or ()
+    return f"{field.help} ({', '.join(choices)})" if choices else field.help
+
+
+def runs_table(model: ModelDir) -> str:
+    """The runs of test/runs.yaml."""
+    rows = []
+    for name, run in runs.load(model.path).runs.items():
+        score = f"{run.score.metric} >= {run.score.at_least:g}" if run.score.metric else None
+        command = f"`bash test/{name}.sh`"
+        rows.append((command, run.help, run.devices, f"`{run.config}`", score))
+    return table(("command", "what it does", "processes", "config", "score that CI asserts"), rows)
+
+
+def environment_table(model: ModelDir) -> str:
+    """What test/env_npu.sh sets."""
+    return npu_env.markdown()
+
+
+def results_table(model: ModelDir) -> str:
+    """What was published, what we ran of it, and what else we ran."""
+    records = read_records(model)
+    published = read_published(model)
+    metric = published.get("metric", "score")
+    header = ["NAME", "data", metric, "FPS", "Epochs", "AMP_Type", "Torch_Version"]
+    header += ["hardware", "record"]
+    shown: tuple[str, ...] = ("score", "fps", "epochs", "amp", "torch")
+    titles = (metric, "FPS", "Epochs", "AMP_Type", "Torch_Version")
+    rows: list[Row] = []
+    if published:
+        header += [f"{title} (published)" for title in titles]
+    for row in published.get("rows", ()):
+        ours = _record_cells(row.get("record"), records)
+        rows.append([row["name"], *ours, *(row.get(key) for key in shown)])
+    linked = {row.get("record") for row in published.get("rows", ())}
+    for name, record in records.items():
+        if name not in linked:
+            blanks = [None] * len(shown) if published else []
+            rows.append([f"`{record['run']}`", *_record_cells(name, records), *blanks])
+    note = f"\nPublished: {published['source']}.\n" if published else ""
+    return table(header, rows) + note
+
+
+def _record_cells(name: str | None, records: Mapping[str, Mapping[str, Any]]) -> list[object]:
+    if name is None:
+        return [None, NOT_RUN, NOT_RUN, None, None, None, None, None]
+    record = records[name]
+    throughput = record.get("throughput")
+    return [
+        record.get("data"),
+        score_text(record),
+        f"{throughput['images_per_sec']:.2f}" if throughput else None,
+        f"{record['epochs']:g}",
+        record.get("precision"),
+        record.get("versions", {}).get("torch"),
+        f"{record['world_size']} x {record['device']}",
+        f"[{name}](results/{name})",
+    ]
+
+
+def score_text(record: Mapping[str, Any]) -> str | None:
+    """The score of a record with its name and unit."""
+    metric = record.get("metric")
+    if not metric:
+        return None
+    unit = {"percent": "%"}.get(metric["unit"], metric["unit"])
+    return f"{metric['name']} {metric['value']:.2f} {unit}"
+
+
+def read_records(model: ModelDir) -> dict[str, dict[str, Any]]:
+    """The committed records by file name."""
+    files = sorted((model.path / "results").glob("*.json"))
+    return {file.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
+
+
+def read_published(model: ModelDir) -> dict[str, Any]:
+    """results/published.yaml, or nothing."""
+    file = model.path / "results" / "published.yaml"
+    content: dict[str, Any] = {}
+    if file.is_file():
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return content
+
+
+def models_table(root: Path) -> str:
+    """The index of the repository."""
+    rows: list[Row] = []
+    for model in find_models(root):
+        place = model.path.relative_to(root).as_posix()
+        project = (model.path / "pyproject.toml").read_text(encoding="utf-8")
+        match = re.search(r'^description = "(.*)"$', project, re.MULTILINE)
+        link = f"[{model.path.name}]({place}/README.md)"
+        rows.append((link, f"`{model.name}`", match[1] if match else None, _state(model)))
+    for place, what in PLANNED.items():
+        if not (root / place).exists():
+            rows.append((f"`{place}`", None, what, "planned, not there yet"))
+    return table(("model", "name", "what it is", "runs on record"), rows)
+
+
+def _state(model: ModelDir) -> str:
+    records = read_records(model).values()
+    lines = [f"`{item['run']}` {score_text(item) or ''} ({item['device']})" for item in records]
+    if not any(str(item["device"]).startswith("npu") for item in records):
+        lines.append(f"on NPUs {NOT_RUN}")
+    return "; ".join(lines)
+
+
+MODEL_TABLES: dict[str, Callable[[ModelDir], str]] = {
+    "options": options_table,
+    "settings": settings_table,
+    "runs": runs_table,
+    "environment": environment_table,
+    "results": results_table,
+}
+ROOT_TABLES: dict[str, Callable[[Path], str]] = {"models": models_table}
+
+
+def fill_model(model: ModelDir, name: str) -> str:
+    """One table of a model's README."""
+    return MODEL_TABLES[name](model)
+
+
+def fill_root(root: Path, name: str) -> str:
+    """One table of the repository's README."""
+    return ROOT_TABLES[name](root)
+
+
+def filled(text: str, make: Callable[[str], str]) -> str:
+    """The text with every marked table made anew."""
+    return MARKED.sub(lambda match: match[1] + make(match[2]) + match[4], text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Fills the tables, or says which are stale."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, tell what is stale")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the repository [this one]")
+    arguments = parser.parse_args(argv)
+    root = arguments.root.resolve()
+    makers: dict[Path, Callable[[str], str]] = {root / "README.md": partial(fill_root, root)}
+    for model in find_models(root):
+        makers[model.path / "README.md"] = partial(fill_model, model)
+    stale = []
+    for file, make in makers.items():
+        before = file.read_text(encoding="utf-8")
+        after = filled(before, make)
+        if after != before:
+            stale.append(str(file.relative_to(root)))
+            if not arguments.check:
+                file.write_text(after, encoding="utf-8")
+    if stale:
+        print(f"{'stale' if arguments.check else 'rewritten'}: {', '.join(stale)}")
+    if stale and arguments.check:
+        print("Run python tools/tables.py and commit what it writes.")
+    return 1 if stale and arguments.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
