@@ -14,6 +14,9 @@ import psutil
 import pytest
 import torch
 
+from zoo_common.launch import share_of_cores
+from zoo_common.preflight import Place
+
 TOY = Path(__file__).with_name("toy")
 
 
@@ -201,6 +204,38 @@ def test_a_signal_saves_and_resuming_gives_the_same_weights(
     assert steps == list(range(1, 13))
 
 
+def test_a_lost_terminal_stops_a_run_but_not_one_under_nohup(toy: Path) -> None:
+    for prefix, code, status in (
+        ([], 128 + signal.SIGHUP, "interrupted"),
+        (["nohup"], 0, "completed"),
+    ):
+        output = toy / f"out{code}"
+        words = command("train_1p", "--steps=16", f"--output_dir={output}", "fault.step_time_s=0.2")
+        child = subprocess.Popen(
+            [*prefix, *words], cwd=toy, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        _wait_for_step(child, output / "metrics.jsonl", 3)
+        child.send_signal(signal.SIGHUP)
+        assert child.wait(timeout=60) == code
+        assert result_of(output)["status"] == status
+
+
+def test_a_disk_that_fills_is_told_in_a_sentence(toy: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "small disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk])
+    if mounted.returncode:
+        pytest.skip("only root may mount a small file system")
+    try:
+        done = launch(toy, "train_2p", f"--output_dir={disk}/out", "--steps=2000")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr.splitlines()[-1]
+    assert "--resume" in done.stderr.splitlines()[-1]
+    assert "Final" not in done.stdout
+
+
 def test_a_killed_launcher_leaves_no_process(toy: Path) -> None:
     child = subprocess.Popen(
         command("train_2p", "--steps=500", "fault.step_time_s=0.2"),
@@ -300,3 +335,41 @@ def _wait_for_step(child: subprocess.Popen, metrics: Path, step: int) -> None:
         assert child.poll() is None, "the run ended too early"
         time.sleep(0.1)
     raise AssertionError(f"step {step} was not reached")
+
+
+def test_a_profile_is_written_where_the_help_says(toy: Path) -> None:
+    done = launch(toy, "train_1p", "--profile=2", "--steps=8")
+    assert done.returncode == 0, done.stderr
+    traces = list((toy / "test" / "output" / "0" / "profile").glob("*.json*"))
+    assert len(traces) == 1
+    assert "traceEvents" in traces[0].read_text()
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "device", "expected"),
+    [
+        (16, 8, "cuda", {"OMP_NUM_THREADS": "2", "ZOO_PIN_CORES": "1"}),
+        (16, 8, "npu", {"OMP_NUM_THREADS": "2"}),
+        (2, 8, "cpu", {"OMP_NUM_THREADS": "1"}),
+        (16, 1, "cpu", {"OMP_NUM_THREADS": "16"}),
+    ],
+)
+def test_ranks_share_the_cores(cores, processes, device, expected, monkeypatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    place = Place(device, processes, 1, 0, "127.0.0.1", 1)
+    assert share_of_cores(place, threads=0) == expected
+    assert share_of_cores(place, threads=5)["OMP_NUM_THREADS"] == "5"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert "OMP_NUM_THREADS" not in share_of_cores(place, threads=0)
+
+
+def test_a_pinned_rank_has_its_own_cores() -> None:
+    script = (
+        "import os; from zoo_common.worker import keep_to_own_cores\n"
+        "os.sched_setaffinity = lambda pid, cores: print(sorted(cores))\n"
+        "os.sched_getaffinity = lambda pid: {8, 9, 10, 11, 12}\n"
+        "keep_to_own_cores(1, 2)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "[10, 11]\n"

@@ -93,7 +93,7 @@ def run(
     """
     _silence()
     with tempfile.TemporaryDirectory(prefix="zoo-") as scratch:
-        os.environ.update({**environment, FAILURES_VARIABLE: scratch})
+        os.environ.update({**environment, **_signals(), FAILURES_VARIABLE: scratch})
         parameters = RendezvousParameters(
             backend="static",
             endpoint=f"{place.master_addr}:{place.master_port}",
@@ -127,6 +127,14 @@ def run(
         if not result.is_failed():
             return Outcome()
         return Outcome(_first_failure(Path(scratch), agent.failed))
+
+
+def _signals() -> dict[str, str]:
+    """What torch's agent passes on; it would end a run under nohup when the terminal goes."""
+    names = ["SIGTERM", "SIGINT", "SIGQUIT"]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        names.append("SIGHUP")
+    return {"TORCHELASTIC_SIGNALS_TO_HANDLE": ",".join(names)}
 
 
 def _first_failure(directory: Path, codes: Mapping[int, int]) -> Failure | None:

@@ -106,7 +106,7 @@ def _run_ranks(spec: RunSpec, config: Any, place: "Place", directory: Path) -> "
             [sys.executable, "-m", "zoo_common.worker", spec.entry, f"--config={file}"],
             place,
             environment={
-                **_cores(place, config.run.threads),
+                **share_of_cores(place, config.run.threads),
                 LOG_VARIABLE: "\n".join(map(str, logs)),
             },
             grace_s=config.run.stop_grace_s,
@@ -117,7 +117,7 @@ def _run_ranks(spec: RunSpec, config: Any, place: "Place", directory: Path) -> "
         console.stop()
 
 
-def _cores(place: "Place", threads: int) -> dict[str, str]:
+def share_of_cores(place: "Place", threads: int) -> dict[str, str]:
     """Each rank computes with its share of the cores, or with as many threads as the user says.
 
     Pinning helps when a rank has several cores. NPUs are left to CPU_AFFINITY_CONF, which knows

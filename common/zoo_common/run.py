@@ -98,14 +98,18 @@ class TrainState(Generic[Batch]):
 
 
 class StopSignals:
-    """SIGTERM and SIGINT ask for a checkpoint and an end; a second one ends at once."""
+    """SIGTERM, SIGINT and SIGHUP ask for a checkpoint and an end; a second one ends at once.
+
+    SIGHUP, a lost terminal, is left alone where it is ignored: that is what nohup means.
+    """
 
     def __init__(self, log: RunLog) -> None:
         self.received: int | None = None
         self._log = log
-        self._before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
-        for number in _STOP_SIGNALS:
-            signal.signal(number, self._handle)
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
 
     def restore(self) -> None:
         """Puts the handlers back that were there before."""
@@ -118,9 +122,6 @@ class StopSignals:
             os._exit(128 + number)
         self.received = number
         self._log.say(f"{name}: saving a checkpoint after this step; a second one ends at once")
-
-
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Run:
@@ -139,7 +140,7 @@ class Run:
         self.config = config
         self.device = device
         self.processes = processes
-        self.directory = Path(config.run.output_dir)
+        self.directory = Path(config.run.output_dir or "test/output/0")
         self.interrupted = False
         self._metric = metric
         self._log = RunLog(self.directory, writes=processes.is_main)

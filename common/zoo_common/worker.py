@@ -4,7 +4,9 @@ It gives the process a text log of its own before anything else is imported, end
 launcher dies, and leaves word of how it failed.
 """
 
+import contextlib
 import ctypes
+import errno
 import importlib
 import json
 import os
@@ -36,7 +38,7 @@ def main() -> None:
     _write_to_own_log()
     _die_with_parent()
     if os.environ.get(PIN_VARIABLE):
-        _keep_to_own_cores(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+        keep_to_own_cores(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     entry, *argv = sys.argv[1:]
     try:
         importlib.import_module(entry).main(argv)
@@ -44,6 +46,11 @@ def main() -> None:
         _report(2, str(error), "")
     except TrainingError as error:
         _report(1, str(error), "")
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        words = f"{error.strerror} ({error.filename or 'output directory'})"
+        advice = f"{words}: free some room and continue with --resume."
+        _report(1, advice if full else words, "" if full else traceback.format_exc())
     except Exception as error:
         _report(1, f"{type(error).__name__}: {error}", traceback.format_exc())
     _end(0)
@@ -72,7 +79,7 @@ def _die_with_parent() -> None:
         os._exit(1)  # it died before the call
 
 
-def _keep_to_own_cores(local_rank: int, ranks: int) -> None:
+def keep_to_own_cores(local_rank: int, ranks: int) -> None:
     """Data workers inherit this, so that ranks do not move over each other's caches."""
     cores = sorted(os.sched_getaffinity(0))  # what a container or taskset leaves us
     share = len(cores) // ranks
@@ -88,7 +95,8 @@ def _report(code: int, message: str, trace: str) -> NoReturn:
         partial = Path(directory, f".{rank}.partial")
         partial.write_text(json.dumps(word), encoding="utf-8")
         partial.rename(Path(directory, f"{rank}.json"))
-    print(f"{TRACEBACK_MARK}\n{trace or 'error: ' + message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the log's disk may be full
+        print(f"{TRACEBACK_MARK}\n{trace or 'error: ' + message}", file=sys.stderr, flush=True)
     _end(code)
 
 
@@ -99,8 +107,9 @@ def _end(code: int) -> NoReturn:
     one of gloo's threads may still have to free a Python object, which aborts the process when
     the interpreter is gone by then (seen with torch 2.14).
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 
