@@ -178,12 +178,13 @@ def test_an_item_has_its_own_random_numbers() -> None:
 def test_the_random_numbers_of_the_run_are_not_disturbed(index: FolderIndex) -> None:
     def run(*, load: bool) -> list[object]:
         random.seed(0), np.random.seed(0), torch.manual_seed(0)
-        # An odd number of normal draws: numpy keeps the second of a pair for the next call.
+        # An odd number of normal draws: the second of a pair is kept for the next call.
         seen: list[object] = [random.gauss(0, 1), np.random.randn(), torch.randn(1).item()]
         if load:
             for workers in (0, 1):
                 take(build_loader(index, augment, batch_size=4, workers=workers), 3)
-        return [*seen, random.gauss(0, 1), np.random.randn(), torch.randn(1).item()]
+        seen += [random.gauss(0, 1), np.random.randn(), torch.randn(1).item()]
+        return [*seen, *numbers()]
 
     assert run(load=True) == run(load=False)
 
