@@ -29,6 +29,7 @@ from zoo_common.data import (
     Normalize,
     Pixels,
     StepSampler,
+    affordable_workers,
     build_eval_loader,
     build_loader,
     kept_rng,
@@ -512,3 +513,11 @@ def test_no_worker_is_left_when_the_main_process_fails_or_is_killed(
     runs["wait"].communicate(timeout=5)
     _, alive = psutil.wait_procs(workers["fail"] + workers["wait"], timeout=10)
     assert not alive
+
+
+def test_workers_do_not_outnumber_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert affordable_workers(8, local_world_size=1) == 8
+    assert affordable_workers(8, local_world_size=4) == 4
+    assert affordable_workers(8, local_world_size=32) == 1
+    assert affordable_workers(0, local_world_size=1) == 0

@@ -531,6 +531,16 @@ class BatchStream:
         self._iterator = None
 
 
+def affordable_workers(wanted: int, local_world_size: int) -> int:
+    """Worker processes for one process of a run: no more than its share of the machine's cores.
+
+    Args:
+        wanted: what the user asks for; 0 stays 0.
+        local_world_size: processes of the run on this machine.
+    """
+    return min(wanted, max(1, (os.cpu_count() or 1) // local_world_size))
+
+
 def build_loader(
     source: ImageSource,
     transform: Transform,

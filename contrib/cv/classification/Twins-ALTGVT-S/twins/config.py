@@ -28,7 +28,7 @@ class DataConfig:
     path: str = setting("", "ImageNet directory, or sample, or digits", kind="path")
     batch_size: int = setting(128, "images per card and step", at_least=1)
     workers: int = setting(
-        8, "loader processes per card; 0: load in the training process", at_least=0
+        8, "loader processes per card, at most its share of the cores; 0: none", at_least=0
     )
     input_size: int = setting(224, "side of the network's input in pixels", at_least=32)
     max_damaged: int = setting(10, "damaged images that a run bears before it ends", at_least=0)

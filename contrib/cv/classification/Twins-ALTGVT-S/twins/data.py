@@ -7,17 +7,18 @@ Differences, and why:
 
 - The resize runs in torch where torch has a fast one (x86 with AVX2), five times as fast as
   Pillow's. Its integer weights are coarser: 4 % of the values differ by one grey level of 255,
-  one in 10,000 by two to four. Elsewhere it is Pillow's, as in timm.
+  one in 30,000 by two to four. Elsewhere it is Pillow's, as in timm.
 - Shears and translations are evaluated along one axis, in the same floating-point operations as
   Pillow's and with the same result, in half the time.
-- PosterizeIncreasing with no bits left gives a black image, as the recipe's Pillow did; since
-  Pillow 13 timm's raises a ValueError there, once in 600 images.
+- PosterizeIncreasing with no bits left gives a black image, as its bit mask says; with Pillow 13
+  timm's raises a ValueError there, once in 650 images.
 - Random erasing takes its normal noise from a pool that is drawn once for a run, at a place that
   the image drew. timm draws it on the device in batch order, which would let the noise depend on
   the number of processes and on the device.
-- Images with a side of one pixel or a side 8 times as long as the other do not fail.
-- JPEGs are always decoded at full size. Decoding at half size (Pillow's draft mode) is quicker
-  for photographs of several megapixels, and visibly changes the picture.
+- A crop has at least one pixel, where timm's can round to none and fail; and of an image over 8
+  times as long as wide, evaluation resizes only the middle, which is all that it looks at.
+- JPEGs are always decoded at full size: Pillow's draft mode, which scales while it decodes, would
+  change the picture, and could be used for crops of twice the input size only.
 
 Shape letters: B images, C channels (RGB), H W pixels, T = W + 3 pixels that a row is made from,
 D = 5 numbers of an erased rectangle.

@@ -14,7 +14,7 @@ from twins.model import build_model
 from zoo_common import checkpoint
 from zoo_common.amp import inference_autocast
 from zoo_common.config import load_config
-from zoo_common.data import Batch, BatchStream, Normalize
+from zoo_common.data import Batch, BatchStream, Normalize, affordable_workers
 from zoo_common.distributed import sum_across
 from zoo_common.imagenet import IMAGENET_MEAN, IMAGENET_STD, build_index
 from zoo_common.run import Metric, Run, TrainState, start_run
@@ -49,7 +49,7 @@ def build_held_out_data(config: Config, run: Run) -> BatchStream | None:
         input_size=config.data.input_size,
         rank=0 if alone else run.processes.rank,
         world_size=1 if alone else run.processes.world_size,
-        workers=config.data.workers,
+        workers=affordable_workers(config.data.workers, run.processes.local_world_size),
         max_damaged=config.data.max_damaged,
         device=run.device,
     )

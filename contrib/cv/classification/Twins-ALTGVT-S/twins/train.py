@@ -20,7 +20,7 @@ from twins.model import build_model
 from zoo_common import checkpoint
 from zoo_common.amp import Precision
 from zoo_common.config import load_config
-from zoo_common.data import BatchStream, steps_per_epoch
+from zoo_common.data import BatchStream, affordable_workers, steps_per_epoch
 from zoo_common.distributed import wrap
 from zoo_common.errors import UserError
 from zoo_common.imagenet import FolderIndex, build_index
@@ -111,7 +111,7 @@ def build_stream(config: Config, index: FolderIndex, run: Run) -> BatchStream:
         world_size=processes.world_size,
         seed=config.run.seed,
         total_steps=total_steps(config, per_epoch),
-        workers=data.workers,
+        workers=affordable_workers(data.workers, processes.local_world_size),
         max_damaged=data.max_damaged,
         device=run.device,
     )
