@@ -310,6 +310,30 @@ def test_damaged_images_are_named_and_end_the_run_at_the_limit(tmp_path: Path) -
     assert all(f"cat_{index}.jpg" in ended.stderr for index in range(3))
 
 
+def test_held_out_images_that_are_all_damaged_give_no_score(trained: Path, tmp_path: Path) -> None:
+    tree = draw_tree(tmp_path / "data")
+    for file in (tree / "val").glob("*/*.jpg"):
+        file.write_bytes(b"no picture")
+    checkpoint = f"--checkpoint={trained}/checkpoints/last.pth"
+    words = [*SMALL, f"--data_path={tree}", checkpoint, "--output_dir=out"]
+    done = script("train_eval_1p", *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "None of the images in" in done.stderr
+
+
+def test_resuming_a_finished_run_changes_no_weight(
+    trained: Path, tree: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained, tmp_path / "out")
+    words = [*SMALL, f"--data_path={tree}", "--output_dir=out", "--resume"]
+    done = script("train_full_1p", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_same_weights(
+        trained / "checkpoints" / "last.pth", tmp_path / "out" / "checkpoints" / "last.pth"
+    )
+    assert result_of(tmp_path / "out")["metrics"] == result_of(trained)["metrics"]
+
+
 def test_a_full_disk_while_saving_ends_the_run_and_keeps_what_was_saved(
     tree: Path, tmp_path: Path
 ) -> None:

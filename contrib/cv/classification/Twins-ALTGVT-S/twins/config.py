@@ -31,7 +31,9 @@ class DataConfig:
         8, "loader processes per card, at most its share of the cores; 0: none", at_least=0
     )
     input_size: int = setting(224, "side of the network's input in pixels", at_least=32)
-    max_damaged: int = setting(10, "damaged images that a run bears before it ends", at_least=0)
+    max_damaged: int = setting(
+        10, "damaged images that each process bears before the run ends", at_least=0
+    )
     crop_min: float = setting(
         0.08, "smallest share of a picture that is cut out", more_than=0, at_most=1
     )

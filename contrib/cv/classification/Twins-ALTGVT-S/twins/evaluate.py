@@ -16,6 +16,7 @@ from zoo_common.amp import inference_autocast
 from zoo_common.config import load_config
 from zoo_common.data import Batch, BatchStream, Normalize, affordable_workers
 from zoo_common.distributed import sum_across
+from zoo_common.errors import UserError
 from zoo_common.imagenet import IMAGENET_MEAN, IMAGENET_STD, build_index
 from zoo_common.run import Metric, Run, TrainState, start_run
 
@@ -89,6 +90,8 @@ def evaluate(
             counts[2] += right_BK.sum()
         model.train(was_training)
         images, top1, top5 = sum_across(counts).tolist()
+        if images == 0:
+            raise UserError(f"None of the images in {config.data.path}/val can be read.")
         run.score(
             {"top1": 100 * top1 / images, "top5": 100 * top5 / images},
             images=images,
