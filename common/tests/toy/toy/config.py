@@ -12,6 +12,7 @@ class DataConfig:
     path: str = setting("", "not used", kind="path")
     batch_size: int = setting(4, "points per process and step", at_least=1)
     steps: int = setting(8, "steps of the run", at_least=1)
+    save_every: int = setting(2, "steps between checkpoints", at_least=1)
 
 
 @dataclass

@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             error = (predicted - batch.y_B1.to(run.device)).square().mean()
             precision.step(run.total({"square": error * scale}, batch.item_ids))
             run.log(state, lr=0.05)
-            if state.step % 2 == 0 and not state.done:
+            if run.due(state, config.data.save_every):
                 run.save(state)
         run.save(state)
         if not run.interrupted:
