@@ -253,15 +253,30 @@ def test_a_killed_launcher_leaves_no_process(toy: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_two_machines_form_one_run(toy: Path, free_port: int) -> None:
-    words = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={free_port}", "--steps=4"]
-    second = subprocess.Popen(command("train_1p", *words, "--node_rank=1"), cwd=toy)
-    first = launch(toy, "train_1p", *words, "--node_rank=0")
-    assert first.returncode == 0, first.stderr
-    assert second.wait(timeout=60) == 0
-    assert result_of(toy / "test" / "output" / "0")["world_size"] == 2
-    assert result_of(toy / "test" / "output" / "0")["nnodes"] == 2
-    assert (toy / "test" / "output" / "0_node1" / "train_1.log").is_file()
+def test_two_machines_form_one_run_and_resume_it(toy: Path, free_port: int) -> None:
+    words = ["train_1p", "--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={free_port}"]
+    for more in (["--steps=4"], ["--steps=6", "--resume"]):
+        second = subprocess.Popen(command(*words, *more, "--node_rank=1"), cwd=toy)
+        first = launch(toy, *words, *more, "--node_rank=0")
+        assert first.returncode == 0, first.stderr
+        assert second.wait(timeout=60) == 0
+    output = toy / "test" / "output" / "0"
+    result = result_of(output)
+    assert (result["world_size"], result["nnodes"], result["steps"]) == (2, 2, 6)
+    assert (output.with_name("0_node1") / "train_1.log").is_file()
+    whole = launch(toy, "train_2p", "--steps=6", "--output_dir=whole")
+    assert whole.returncode == 0, whole.stderr
+    for key, value in weights_of(toy / "whole").items():
+        torch.testing.assert_close(weights_of(output)[key], value, rtol=0, atol=0)
+
+
+def test_a_machine_that_finds_no_other_says_so_in_time(toy: Path, free_port: int) -> None:
+    words = ["train_1p", "--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={free_port}"]
+    for node_rank in (0, 1):
+        done = launch(toy, *words, f"--node_rank={node_rank}", "launch.join_timeout_s=3")
+        assert done.returncode == 2
+        assert f"Machine {node_rank} waited 3 s for 2 machines" in done.stderr
+        assert f"127.0.0.1:{free_port}" in done.stderr
 
 
 @pytest.mark.parametrize(

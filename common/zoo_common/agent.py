@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous import registry as rendezvous
 
+from zoo_common.errors import UserError
 from zoo_common.preflight import Place
 from zoo_common.worker import FAILURES_VARIABLE
 
@@ -90,6 +92,9 @@ def run(
         grace_s: seconds that the ranks have after a signal before they are killed.
         join_timeout_s: seconds to wait for the other machines.
         local_addr: this machine's address, if the default is not the right one.
+
+    Raises:
+        UserError: the machines did not find one another in time.
     """
     _silence()
     with tempfile.TemporaryDirectory(prefix="zoo-") as scratch:
@@ -120,6 +125,13 @@ def run(
         agent = _Agent(spec, DefaultLogsSpecs(log_dir=scratch), shutdown_timeout=grace_s)
         try:
             result = agent.run()
+        except DistError as error:
+            raise UserError(
+                f"Machine {place.node_rank} waited {join_timeout_s} s for {place.nnodes} machines "
+                f"at {place.master_addr}:{place.master_port} and did not find them all: start the "
+                "run on each with its own --node_rank, and check that the address is reachable "
+                f"({str(error).splitlines()[0]})."
+            ) from error
         except SignalException as stopped:
             return Outcome(_first_failure(Path(scratch), {}), int(stopped.sigval))
         finally:

@@ -70,7 +70,7 @@ def _launch(model: Model, name: str, spec: RunSpec, words: list[str]) -> int:
     if config.launch.node_rank:
         run.output_dir += f"_node{config.launch.node_rank}"  # a shared disk is not written twice
     directory = Path(run.output_dir)
-    if run.resume == "last":
+    if run.resume == "last" and config.launch.node_rank == 0:
         preflight.check_checkpoint_file(directory / "checkpoints" / "last.pth", "--resume")
     preflight.check_data(spec, config)
     place = preflight.place(spec, config)

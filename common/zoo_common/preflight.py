@@ -76,8 +76,13 @@ def check_data(spec: RunSpec, config: Any) -> None:
 
 
 def check_weights(model: Model, config: Any) -> None:
-    """Checks that each checkpoint that the config names is there and whole."""
+    """Checks that each checkpoint that the config names is there and whole.
+
+    What a run goes on from is read on machine 0 only.
+    """
     for item in model.fields():
+        if item.path == "run.resume" and config.launch.node_rank:
+            continue
         value = _at(config, item.path.split("."))
         if item.metadata.get("kind") == "checkpoint" and value not in (
             "",

@@ -169,7 +169,7 @@ class Run:
         if not where:
             return
         path = self.checkpoints / "last.pth" if where == "last" else Path(where)
-        content = checkpoint.load(path)
+        content = self._load_everywhere(path)
         if "step" not in content or "parts" not in content:
             raise UserError(
                 f"--resume: {path} holds weights only, not the state of a run: "
@@ -189,6 +189,13 @@ class Run:
             self.say("resumed with another number of ranks: random numbers start anew")
         self._log.continue_from(state.step)
         self.say(f"resumed from {path.name} at step {state.step}")
+
+    def _load_everywhere(self, path: Path) -> dict[str, Any]:
+        """A checkpoint on every rank; of several machines only the first needs the file."""
+        if self.processes.nnodes == 1:
+            return checkpoint.load(path)
+        content = checkpoint.load(path) if self.processes.is_main else {}
+        return distributed.broadcast_object(content)
 
     def steps(self, state: TrainState[Batch]) -> Iterator[Batch]:
         """The batches of the run, one a step, until the last one or a signal.
