@@ -220,6 +220,19 @@ def test_a_lost_terminal_stops_a_run_but_not_one_under_nohup(toy: Path) -> None:
         assert result_of(output)["status"] == status
 
 
+def test_a_run_outlives_the_reader_of_its_output(toy: Path) -> None:
+    words = command("train_1p", "--steps=8", "fault.step_time_s=0.1")
+    child = subprocess.Popen(words, cwd=toy, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout is not None and child.stderr is not None
+    child.stdout.readline()
+    child.stdout.close()
+    err = child.stderr.read()
+    child.stderr.close()
+    assert child.wait(timeout=60) == 0, err
+    assert err == b""
+    assert result_of(toy / "test" / "output" / "0")["status"] == "completed"
+
+
 def test_a_disk_that_fills_is_told_in_a_sentence(toy: Path, tmp_path: Path) -> None:
     disk = tmp_path / "small disk"
     disk.mkdir()

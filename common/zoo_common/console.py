@@ -5,6 +5,7 @@ this thread of the launcher follows those files.
 """
 
 import json
+import os
 import sys
 import threading
 from pathlib import Path
@@ -41,6 +42,12 @@ class Console:
         self._thread.join()
 
     def _follow(self) -> None:
+        try:
+            self._show()
+        except BrokenPipeError:  # who read along has gone; the run goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def _show(self) -> None:
         with _Bar(sys.stdout) as bar:
             failed = False
             while True:
