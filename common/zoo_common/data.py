@@ -420,7 +420,7 @@ class WorkerInit:
 
     A launcher and a terminal signal whole process groups, and it is the main process that
     decides what a signal means: it may still need batches to reach its last step. So workers
-    ignore SIGINT, and SIGTERM until the main process has called ``close``. A worker ends when
+    ignore SIGINT and SIGHUP, and SIGTERM until the main process has called ``close``. A worker ends when
     its main process ends it or is gone (torch's watchdog, within 5 s).
     """
 
@@ -440,6 +440,7 @@ class WorkerInit:
     def __call__(self, worker_id: int) -> None:
         """Runs in the worker; torch has set it to one thread."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._on_terminate)
 
     def _on_terminate(self, number: int, frame: types.FrameType | None) -> None:

@@ -18,6 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
+from zoo_common import sample
+
 MODEL = Path(__file__).resolve().parents[1]
 DEVICE = os.environ.get("ZOO_TEST_DEVICE", "cpu")
 SMALL = (
@@ -212,7 +214,7 @@ def test_half_precision_and_accumulation_train(precision: str, tree: Path, tmp_p
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(
     number: signal.Signals, tree: Path, tmp_path: Path
 ) -> None:
@@ -249,6 +251,14 @@ def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(
             tmp_path / "whole" / "checkpoints" / name, tmp_path / "cut" / "checkpoints" / name
         )
     assert result_of(tmp_path / "cut")["metrics"] == result_of(tmp_path / "whole")["metrics"]
+
+
+def test_an_untrained_network_scores_near_chance_on_the_sample(tmp_path: Path) -> None:
+    drawn = sample.make(tmp_path, train=40, val=200)
+    words = [f"--device={DEVICE}", f"--data_path={drawn}", "--max_steps=1", "--output_dir=out"]
+    done = script("train_smoke_1p", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert result_of(tmp_path / "out")["metrics"]["top1"] < 20
 
 
 def test_two_processes_learn_as_one(tree: Path, tmp_path: Path) -> None:
