@@ -420,8 +420,8 @@ class WorkerInit:
 
     A launcher and a terminal signal whole process groups, and it is the main process that
     decides what a signal means: it may still need batches to reach its last step. So workers
-    ignore SIGINT and SIGHUP, and SIGTERM until the main process has called ``close``. A worker ends when
-    its main process ends it or is gone (torch's watchdog, within 5 s).
+    ignore SIGINT and SIGHUP, and SIGTERM until the main process has called ``close``. A worker
+    ends when its main process ends it or is gone (torch's watchdog, within 5 s).
     """
 
     def __init__(self) -> None:
