@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from zoo_common.logparse.reader import COUNT, NUMBER, PERCENT, Reader, number_after
+from zoo_common.logparse.reader import COUNT, NUMBER, PERCENT, Reader
 from zoo_common.logparse.records import Accuracy, RawStep
 
 _MARK = "Iter: ["
@@ -18,7 +18,6 @@ _STEP = re.compile(
     rf"Loss ({NUMBER}) \({NUMBER}\)((?:\t[A-Za-z_][\w@ ]* {NUMBER}(?: \({NUMBER}\))?)+)"
     r"\tRemaining Time [^\t]*\)\s*$"
 )
-_LOSS_PART = re.compile(rf"\t([A-Z][\w ]* Loss) ({NUMBER}) \(")
 _SCORE = re.compile(rf'"top([15])": ({NUMBER})(?=[,}}\s]|$)')
 
 
@@ -30,6 +29,8 @@ class DeclipReader(Reader):
     OTHER_LINE = re.compile(rf'^\s+"top[15]": {NUMBER},?\s*$')
     RATE = "FPS values (global batch over the time of a step)"
     TIME = "seconds a step"
+    LR = " LR "
+    LOSS_PART = re.compile(rf"  ([A-Z][\w ]* Loss) ({NUMBER}) \(")
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,13 +66,8 @@ class DeclipReader(Reader):
             loss=float(loss),
             step_time_s=float(time_s),
             images_per_sec=float(fps) if fps else None,
-            body=body,
+            body=body.replace("\t", "  "),
         )
-
-    def details(self, raw: RawStep) -> tuple[float | None, dict[str, float]]:
-        assert isinstance(raw.body, str)
-        parts = {name: float(value) for name, value in _LOSS_PART.findall(raw.body)}
-        return number_after(raw.body.replace("\t", " "), " LR "), parts
 
     def notice(self, line: str) -> None:
         if '"top' in line:

@@ -24,7 +24,6 @@ _MARK = "iter: "
 _STEP = re.compile(
     rf"iter: ({COUNT})(  total_loss: ({NUMBER})(?:\s{{2,}}[\w./-]+: (?:{NUMBER}M?|N/A))*)\s*$"
 )
-_LOSS_PART = re.compile(rf"\s\s(\w*loss\w*): ({NUMBER})")
 # Printed with three decimals, which separates two processes' values on one line.
 _FPS = re.compile(r"FPS = (\d+\.\d{3})")
 _SPEED = re.compile(rf"Overall training speed: \d+ iterations in .* \(({NUMBER}) s / it\)")
@@ -41,6 +40,7 @@ class Detectron2Reader(Reader):
     TIME = "seconds an iteration (mean over the run without its first iterations)"
     TIME_IS_SO_FAR = True
     AP_SCALE = 0.01
+    LOSS = "total_loss"
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,12 +65,6 @@ class Detectron2Reader(Reader):
             images_per_sec=None,
             body=body,
         )
-
-    def details(self, raw: RawStep) -> tuple[float | None, dict[str, float]]:
-        assert isinstance(raw.body, str)
-        parts = {name: float(value) for name, value in _LOSS_PART.findall(raw.body)}
-        parts.pop("total_loss", None)
-        return number_after(raw.body, " lr: "), parts
 
     def notice(self, line: str) -> None:
         if "FPS = " in line:
@@ -102,6 +96,7 @@ class Detectron2JsonReader(Reader):
     """`{"iteration": 19, "total_loss": .., "lr": .., "time": ..}`, detectron2's metrics.json."""
 
     NAME = "detectron2 json"
+    LOSS = "total_loss"
     TIME = "seconds an iteration (running median of 20)"
     TELLS_END = False
 
@@ -129,12 +124,3 @@ class Detectron2JsonReader(Reader):
             images_per_sec=None,
             body=record,
         )
-
-    def details(self, raw: RawStep) -> tuple[float | None, dict[str, float]]:
-        assert not isinstance(raw.body, str)
-        parts = {
-            name: number
-            for name, value in raw.body.items()
-            if "loss" in name and name != "total_loss" and (number := as_float(value)) is not None
-        }
-        return as_float(raw.body.get("lr")), parts

@@ -17,7 +17,6 @@ _STEP = re.compile(
     rf"  iter: ({COUNT})(  loss: ({NUMBER}) \({NUMBER}\){_FIELD}*?  time: ({NUMBER}) \({NUMBER}\)"
     rf"{_FIELD}*)\s*$"
 )
-_LOSS_PART = re.compile(rf"  (loss\w+): ({NUMBER})")
 
 
 class GlipReader(Reader):
@@ -48,11 +47,6 @@ class GlipReader(Reader):
             images_per_sec=number_after(body, "  fps: "),
             body=body,
         )
-
-    def details(self, raw: RawStep) -> tuple[float | None, dict[str, float]]:
-        assert isinstance(raw.body, str)
-        parts = {name: float(value) for name, value in _LOSS_PART.findall(raw.body)}
-        return number_after(raw.body, "  lr: "), parts
 
     def notice(self, line: str) -> None:
         if "Total training time: " in line:

@@ -40,6 +40,7 @@ class _TextReader(Reader):
     BY_ITER: ClassVar[re.Pattern[str]]
     RATE = "`FPS: ` lines (images of all ranks over the time since the epoch began)"
     TIME = "seconds an iteration (mean over a log interval)"
+    LOSS_PART = re.compile(rf"\s([\w./@=-]*loss[\w./@=-]*): ({NUMBER})(?![\d:.])")
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,13 +77,6 @@ class _TextReader(Reader):
             images_per_sec=None,
             body=body,
         )
-
-    def details(self, raw: RawStep) -> tuple[float | None, dict[str, float]]:
-        assert isinstance(raw.body, str)
-        values = {name: float(value) for name, value in _ITEM.findall(raw.body)}
-        parts = {name: value for name, value in values.items() if "loss" in name}
-        parts.pop("loss", None)
-        return values.get("lr"), parts
 
     def finish(self, last: RawStep, gap: int) -> None:
         assert isinstance(last.body, str)
@@ -181,12 +175,3 @@ class OpenMmlabJsonReader(Reader):
             images_per_sec=None,
             body=record,
         )
-
-    def details(self, raw: RawStep) -> tuple[float | None, dict[str, float]]:
-        assert not isinstance(raw.body, str)
-        parts = {
-            name: number
-            for name, value in raw.body.items()
-            if "loss" in name and name != "loss" and (number := as_float(value)) is not None
-        }
-        return as_float(raw.body.get("lr")), parts

@@ -61,6 +61,9 @@ class Reader:
         TIME_IS_SO_FAR: the step time is a mean over the run so far, so the last one counts.
         TELLS_END: the format's program says that it is done.
         AP_SCALE: what turns AP in a printed dict into a fraction.
+        LR: what stands before the learning rate in a step's text.
+        LOSS: the name of the loss whose parts are asked for.
+        LOSS_PART: finds (name, value) of these in a step's text.
     """
 
     NAME: ClassVar[str]
@@ -71,6 +74,9 @@ class Reader:
     TIME_IS_SO_FAR: ClassVar[bool] = False
     TELLS_END: ClassVar[bool] = True
     AP_SCALE: ClassVar[float] = 1.0
+    LR: ClassVar[str] = " lr: "
+    LOSS: ClassVar[str] = "loss"
+    LOSS_PART: ClassVar[re.Pattern[str]] = re.compile(rf"\s(\w*loss\w*): ({NUMBER})")
 
     def __init__(self) -> None:
         self.found = Findings()
@@ -84,7 +90,15 @@ class Reader:
 
     def details(self, raw: RawStep) -> tuple[float | None, dict[str, float]]:
         """Return the learning rate and the parts of the loss of a step."""
-        raise NotImplementedError
+        if isinstance(raw.body, str):
+            rate = number_after(raw.body, self.LR)
+            parts = {name: float(value) for name, value in self.LOSS_PART.findall(raw.body)}
+        else:
+            rate = as_float(raw.body.get("lr"))
+            numbers = {name: as_float(raw.body[name]) for name in raw.body if "loss" in name}
+            parts = {name: value for name, value in numbers.items() if value is not None}
+        parts.pop(self.LOSS, None)
+        return rate, parts
 
     def finish(self, last: RawStep, gap: int) -> None:
         """Look at the last step (``gap`` steps after the one before it) for a sign of the end."""

@@ -17,7 +17,6 @@ from zoo_common.logparse.reader import (
     as_count,
     as_float,
     json_object,
-    number_after,
 )
 from zoo_common.logparse.records import Accuracy, RawStep
 
@@ -30,7 +29,6 @@ _STEP = re.compile(
     rf"({_FIELD}*?  loss: ({NUMBER}){_MEAN}{_FIELD}*?)  time: ({NUMBER}){_MEAN}"
     rf"(?:  fps: ?({NUMBER}))?{_FIELD}*\s*$"
 )
-_LOSS_PART = re.compile(rf"  (\w*loss\w*): ({NUMBER})")
 _SCORES = re.compile(rf"\* Acc@1 ({NUMBER}) Acc@5 ({NUMBER})(?!\S)")
 
 
@@ -65,12 +63,6 @@ class TwinsReader(Reader):
             images_per_sec=float(fps) or None if fps else None,
             body=body,
         )
-
-    def details(self, raw: RawStep) -> tuple[float | None, dict[str, float]]:
-        assert isinstance(raw.body, str)
-        parts = {name: float(value) for name, value in _LOSS_PART.findall(raw.body)}
-        parts.pop("loss", None)
-        return number_after(raw.body, "  lr: "), parts
 
     def notice(self, line: str) -> None:
         if "* Acc@1" in line:
