@@ -66,7 +66,7 @@ def _launch(model: Model, name: str, spec: RunSpec, words: list[str]) -> int:
     preflight.check_weights(model, config)
     run = config.run
     if not run.output_dir:
-        run.output_dir = str(outputs.default_directory(model.directory, run.device_id))
+        run.output_dir = str(outputs.default_directory(model.directory, run.device_id, spec.kind))
     if config.launch.node_rank:
         run.output_dir += f"_node{config.launch.node_rank}"  # a shared disk is not written twice
     directory = Path(run.output_dir)
@@ -78,6 +78,7 @@ def _launch(model: Model, name: str, spec: RunSpec, words: list[str]) -> int:
     with outputs.occupy(directory, keep=bool(run.resume)) as aside:
         if aside is not None:
             print(f"earlier output moved to {aside}")
+            preflight.follow_checkpoints(model, config, directory, aside)
         (directory / "result.json").unlink(missing_ok=True)
         _describe(model, name, config, place)
         outcome = _run_ranks(spec, config, place, directory)

@@ -14,9 +14,13 @@ LOCK = ".lock"
 _MARKS = ("config.yaml", "metrics.jsonl", "result.json")  # any of them: a run was here
 
 
-def default_directory(model_directory: Path, device_id: int) -> Path:
-    """Where the original zoo writes: ``test/output/$ASCEND_DEVICE_ID``."""
-    return model_directory / "test" / "output" / str(device_id)
+def default_directory(model_directory: Path, device_id: int, kind: str) -> Path:
+    """Where the original zoo writes: ``test/output/$ASCEND_DEVICE_ID``.
+
+    An evaluation has a directory beside it, so that it does not move its own training aside.
+    """
+    suffix = "_eval" if kind == "eval" else ""
+    return model_directory / "test" / "output" / f"{device_id}{suffix}"
 
 
 @contextlib.contextmanager

@@ -91,6 +91,18 @@ def check_weights(model: Model, config: Any) -> None:
             check_checkpoint_file(Path(value), item.path)
 
 
+def follow_checkpoints(model: Model, config: Any, before: Path, after: Path) -> None:
+    """Corrects, in place, the paths of checkpoints in an output directory that was moved."""
+    for item in model.fields():
+        *sections, name = item.path.split(".")
+        holder = _at(config, sections)
+        if item.metadata.get("kind") != "checkpoint" or not getattr(holder, name):
+            continue
+        path = Path(getattr(holder, name)).resolve()
+        if path.is_relative_to(before.resolve()):
+            setattr(holder, name, str(after / path.relative_to(before.resolve())))
+
+
 def check_checkpoint_file(file: Path, setting: str) -> None:
     """Tells a missing, truncated or foreign checkpoint file without reading its weights.
 

@@ -149,6 +149,17 @@ def test_fine_tuning_starts_from_a_checkpoint_with_other_classes(
     torch.testing.assert_close(after["norm.weight"], before["norm.weight"], rtol=0, atol=1e-5)
 
 
+def test_weights_in_the_output_that_is_moved_aside_are_found(
+    trained: Path, tree: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained, tmp_path / "out")
+    words = [*SMALL, f"--data_path={tree}", "--output_dir=out", "--max_steps=1"]
+    for option, run in (("--finetune_pth", "train_finetune_1p"), ("--checkpoint", "train_eval_1p")):
+        done = script(run, *words, f"{option}=out/checkpoints/last.pth", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "earlier output moved to" in done.stdout
+
+
 def test_a_performance_run_ends_well_under_its_own_name(tree: Path, tmp_path: Path) -> None:
     done = script(
         "train_performance_8p",
@@ -380,7 +391,11 @@ BAD_INPUT: dict[str, tuple[str, Callable[[Path], Sequence[str]], str]] = {
         "alt_gvt_small",
     ),
     "npu": ("train_full_8p", lambda at: [f"--data_path={at}/tree", "--device=npu"], "torch_npu"),
-    "no checkpoint": ("train_eval_1p", lambda at: [f"--data_path={at}/tree"], "checkpoint"),
+    "no checkpoint": (
+        "train_eval_1p",
+        lambda at: [f"--data_path={at}/tree"],
+        "give --checkpoint=FILE",
+    ),
     "truncated": (
         "train_eval_1p",
         lambda at: [f"--data_path={at}/tree", f"--checkpoint={at}/half.pth"],
