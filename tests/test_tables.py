@@ -90,14 +90,14 @@ def test_published_numbers_stand_beside_ours_or_not_run(copy: Path) -> None:
 
 
 def test_other_records_have_rows_and_the_index_names_them(copy: Path) -> None:
-    record = RECORD | {"run": "train_smoke_1p", "device": "cpu", "world_size": 1, "data": "sample"}
+    record = RECORD | {"run": "train_other_1p", "device": "cpu", "world_size": 1, "data": "sample"}
     (copy / TWINS / "results" / "smoke.json").write_text(json.dumps(record))
     assert tables(copy).returncode == 0
-    (row,) = rows(copy / TWINS / "README.md", "`train_smoke_1p`")
+    (row,) = rows(copy / TWINS / "README.md", "`train_other_1p`")
     assert row[1:3] == ["sample", "top1 78.50 %"]
     assert row[9:] == ["-"] * 5
     (row,) = rows(copy / "README.md", "[Twins-ALTGVT-S]")
-    assert "`train_smoke_1p` top1 78.50 % (cpu)" in row[-1]
+    assert "`train_other_1p` top1 78.50 % (cpu)" in row[-1]
     assert "on NPUs not run" in row[-1]
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from zoo_common.launch import share_of_cores
-from zoo_common.preflight import Place
+from zoo_common.preflight import Place, network
 
 TOY = Path(__file__).with_name("toy")
 
@@ -283,6 +283,34 @@ def test_two_machines_form_one_run_and_resume_it(toy: Path, free_port: int) -> N
         torch.testing.assert_close(weights_of(output)[key], value, rtol=0, atol=0)
 
 
+def test_a_signal_on_one_machine_stops_the_run_on_both(toy: Path, free_port: int) -> None:
+    words = ["train_1p", "--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={free_port}"]
+    words += ["--local_addr=127.0.0.1", "--steps=400", "fault.step_time_s=0.2"]
+    children = [
+        subprocess.Popen(
+            command(*words, f"--node_rank={node_rank}"), cwd=toy, stdout=subprocess.DEVNULL
+        )
+        for node_rank in (0, 1)
+    ]
+    try:
+        _wait_for_step(children[0], toy / "test" / "output" / "0" / "metrics.jsonl", 3)
+        children[1].send_signal(signal.SIGTERM)
+        assert [child.wait(timeout=60) for child in children] == [128 + signal.SIGTERM] * 2
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    assert result_of(toy / "test" / "output" / "0")["status"] == "interrupted"
+
+
+def test_local_addr_ties_the_collectives_to_its_network(monkeypatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("HCCL_IF_IP", "192.0.2.1")
+    assert network("127.0.0.1") == {"GLOO_SOCKET_IFNAME": "lo"}
+    monkeypatch.delenv("HCCL_IF_IP")
+    assert network("127.0.0.1") == {"HCCL_IF_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
 def test_a_machine_that_finds_no_other_says_so_in_time(toy: Path, free_port: int) -> None:
     words = ["train_1p", "--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={free_port}"]
     for node_rank in (0, 1):
@@ -305,6 +333,7 @@ def test_a_machine_that_finds_no_other_says_so_in_time(toy: Path, free_port: int
         (["train_1p", "--resume"], "--resume: there is no checkpoint file"),
         (["train_1p", "--resume=toy.yaml"], "toy.yaml is no PyTorch checkpoint"),
         (["train_1p", "--nnodes=2"], "needs --master_addr and --master_port"),
+        (["train_1p", "--local_addr=203.0.113.9"], "--local_addr=203.0.113.9 is no address of"),
         (["train_1p", "--node_rank=1"], "--node_rank=1 must be below --nnodes=1"),
         (["train_sample_1p"], "The run needs a data set: give --data_path=DIR"),
         (["train_sample_1p", "--data_path=/nowhere"], "/nowhere"),

@@ -27,6 +27,10 @@ from zoo_common.errors import UserError
 from zoo_common.preflight import Place
 from zoo_common.worker import FAILURES_VARIABLE
 
+# How long the launchers of several machines wait for one another when their ranks are done; one
+# that got a signal does not come.
+_GOODBYE_S = 10
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -122,7 +126,12 @@ def run(
             master_port=place.master_port,
             local_addr=local_addr or None,
         )
-        agent = _Agent(spec, DefaultLogsSpecs(log_dir=scratch), shutdown_timeout=grace_s)
+        agent = _Agent(
+            spec,
+            DefaultLogsSpecs(log_dir=scratch),
+            exit_barrier_timeout=_GOODBYE_S,
+            shutdown_timeout=grace_s,
+        )
         try:
             result = agent.run()
         except DistError as error:

@@ -82,7 +82,7 @@ def _launch(model: Model, name: str, spec: RunSpec, words: list[str]) -> int:
         (directory / "result.json").unlink(missing_ok=True)
         _describe(model, name, config, place)
         outcome = _run_ranks(spec, config, place, directory)
-        result = _result(directory, outcome, place) | {
+        result = _result(directory, outcome) | {
             "run": name,
             "kind": spec.kind,
             "network": model.network,
@@ -94,7 +94,7 @@ def _launch(model: Model, name: str, spec: RunSpec, words: list[str]) -> int:
 
 
 def _run_ranks(spec: RunSpec, config: Any, place: "Place", directory: Path) -> "Outcome":
-    from zoo_common import agent
+    from zoo_common import agent, preflight
     from zoo_common.console import Console
 
     file = directory / "config.yaml"
@@ -108,6 +108,7 @@ def _run_ranks(spec: RunSpec, config: Any, place: "Place", directory: Path) -> "
             place,
             environment={
                 **share_of_cores(place, config.run.threads),
+                **preflight.network(config.launch.local_addr),
                 LOG_VARIABLE: "\n".join(map(str, logs)),
             },
             grace_s=config.run.stop_grace_s,
@@ -135,8 +136,8 @@ def share_of_cores(place: "Place", threads: int) -> dict[str, str]:
     return environment
 
 
-def _result(directory: Path, outcome: "Outcome", place: "Place") -> dict[str, Any]:
-    """What rank 0 left, unless a rank failed: then no number of it can be trusted."""
+def _result(directory: Path, outcome: "Outcome") -> dict[str, Any]:
+    """What the first rank left, unless a rank failed: then no number of it can be trusted."""
     if outcome.failure is not None:
         return {"status": "failed"}
     file = directory / "result.json"
@@ -145,7 +146,7 @@ def _result(directory: Path, outcome: "Outcome", place: "Place") -> dict[str, An
         return result
     if outcome.received:
         return {"status": "interrupted"}
-    return {"status": "completed" if place.node_rank else "failed"}  # rank 0 is on machine 0
+    return {"status": "failed"}
 
 
 def _complete(result: dict[str, Any], config: Any, place: "Place") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What is checked before any process starts, cheap checks first."""
 
+import os
 import socket
 import sys
 import zipfile
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.progress import Progress
 
 from zoo_common import layouts
@@ -124,7 +126,8 @@ def place(spec: RunSpec, config: Any) -> Place:
     """Finds the device and the ports of a run.
 
     Raises:
-        UserError: the device is not there, has too few cards, or the port is taken.
+        UserError: the device is not there or has too few cards, the port is taken, or an address
+            is not this machine's.
     """
     from zoo_common import device as devices  # torch, from here on
 
@@ -145,11 +148,35 @@ def place(spec: RunSpec, config: Any) -> Place:
         raise UserError(
             "A run on several machines needs --master_addr and --master_port, the same on each."
         )
+    network(launch.local_addr)
     address = launch.master_addr or "127.0.0.1"
     port = launch.master_port
     if launch.node_rank == 0:
         port = _free_port(port)
     return Place(kind, processes, launch.nnodes, launch.node_rank, address, port)
+
+
+def network(local_addr: str) -> dict[str, str]:
+    """Variables that tie HCCL and gloo to the network of ``--local_addr``; the user's own win.
+
+    Raises:
+        UserError: no interface of this machine has the address.
+    """
+    if not local_addr:
+        return {}
+    interfaces = {
+        address.address.partition("%")[0]: name
+        for name, addresses in psutil.net_if_addrs().items()
+        for address in addresses
+        if address.family in (socket.AF_INET, socket.AF_INET6)
+    }
+    if local_addr not in interfaces:
+        raise UserError(
+            f"--local_addr={local_addr} is no address of this machine, which has "
+            f"{', '.join(interfaces)}."
+        )
+    wanted = {"HCCL_IF_IP": local_addr, "GLOO_SOCKET_IFNAME": interfaces[local_addr]}
+    return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
 def _free_port(port: int) -> int:

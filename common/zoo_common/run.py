@@ -355,7 +355,7 @@ class Run:
                 checkpoint.save(self.checkpoints / "best.pth", content)
 
     def finish(self, state: TrainState[Any] | None = None, batch_size: int = 0) -> None:
-        """Writes ``result.json``; the last thing that a run does.
+        """Writes ``result.json`` on each machine; the last thing that a run does.
 
         Args:
             state: the training state, when this was a training run.
@@ -363,8 +363,8 @@ class Run:
         """
         self._log.close()
         self._signals.restore()
-        if not self.processes.is_main:
-            return
+        if self.processes.local_rank != 0:
+            return  # one a machine: the launchers of all machines tell how the run ended
         config, launch = self.config, self.config.launch
         steps = state.step if state else 0
         metric = None
@@ -373,7 +373,7 @@ class Run:
             metric = {"name": self._metric.name, "value": value, "unit": self._metric.unit}
         result = {
             "status": "interrupted" if self.interrupted else "completed",
-            "signal": self._signals.received if self.interrupted else None,
+            "signal": (self._signals.received or signal.SIGTERM) if self.interrupted else None,
             "metric": metric,
             "metrics": self._scores,
             "throughput": asdict(self._throughput) if self._throughput else None,
