@@ -462,11 +462,6 @@ def test_peak_memory_of_the_cpu() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_autocast_takes_the_device_type() -> None:
-    with torch.autocast(devices.amp_device_type(CPU), torch.bfloat16):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-
-
 def test_profiler_writes_a_trace_of_the_asked_steps(tmp_path: Path) -> None:
     with devices.profiler(CPU, tmp_path / "off", 0, 3) as step:
         step()

@@ -507,12 +507,6 @@ def reset_peak_memory(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def amp_device_type(device: torch.device) -> str:
-    """The name that ``torch.autocast`` and ``torch.amp.GradScaler`` take for a device."""
-    assert torch.amp.is_autocast_available(device.type), device
-    return device.type
-
-
 @contextlib.contextmanager
 def profiler(
     device: torch.device, directory: Path, steps: int, warmup_steps: int

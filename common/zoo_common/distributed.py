@@ -353,11 +353,6 @@ def wrap(
     )
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model that :func:`wrap` was given, whose state_dict keys are the published ones."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
 def _has_own_statistics(module: nn.Module) -> bool:
     """Whether a layer keeps running statistics that differ between the processes."""
     if isinstance(module, nn.SyncBatchNorm):

@@ -11,15 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_KIND_NAMES = {"acc": "acc", "perf": "perf", "eval": "eval"}
-
 
 def case_name(result: Mapping[str, Any]) -> str:
     """``<Network>_bs<BatchSize>_<RankSize>p_<acc|perf|eval>``."""
-    return (
-        f"{result['network']}_bs{result['batch_size']}_{result['world_size']}p_"
-        f"{_KIND_NAMES[result['kind']]}"
-    )
+    return f"{result['network']}_bs{result['batch_size']}_{result['world_size']}p_{result['kind']}"
 
 
 def write(directory: Path, result: Mapping[str, Any]) -> list[str]:

@@ -86,7 +86,6 @@ class StepClock:
         self._synchronize = synchronize
         self._steps = 0
         self._measured_from: float | None = None
-        self._measured_s = 0.0
         self._window_from = time.perf_counter()
         self._window_steps = 0
         self._window_data_s = 0.0
