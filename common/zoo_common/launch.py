@@ -63,6 +63,7 @@ def _launch(model: Model, name: str, spec: RunSpec, words: list[str]) -> int:
 
     caller = Path(os.environ.get(CALLER_VARIABLE, "."))
     preflight.absolute_paths(model, config, caller.absolute())
+    preflight.check_required(model, spec, config)
     preflight.check_weights(model, config)
     run = config.run
     if not run.output_dir:

@@ -64,6 +64,19 @@ def absolute_paths(model: Model, config: Any, caller: Path) -> None:
         setattr(holder, name, str(path))
 
 
+def check_required(model: Model, spec: RunSpec, config: Any) -> None:
+    """Checks that the settings are given without which a run has no meaning.
+
+    Raises:
+        UserError: one is not; the message names its option.
+    """
+    for path in spec.required:
+        if not _at(config, path.split(".")):
+            names = [option.name for option in model.options() if option.targets == (path,)]
+            meaning = next(item.help for item in model.fields() if item.path == path)
+            raise UserError(f"The run needs {(names or [path])[-1]}=VALUE: {meaning}.")
+
+
 def check_data(spec: RunSpec, config: Any) -> None:
     """Resolves ``data.path`` in place: a made data set is made, a directory is checked."""
     if not spec.layout:

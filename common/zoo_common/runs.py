@@ -13,6 +13,7 @@
         config: configs/alt_gvt_small.yaml
         layout: imagenet            # what --data_path must look like
         settings: {data.batch_size: 128}
+        required: [weights.finetune]                # settings that the user must give
         score: {metric: top1, at_least: 85.0}   # what ci/smoke.sh asserts, if anything
 """
 
@@ -59,6 +60,7 @@ class RunSpec:
     config: str
     layout: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    required: list[str] = field(default_factory=list)
     score: Score = field(default_factory=Score)
 
 

@@ -394,7 +394,12 @@ BAD_INPUT: dict[str, tuple[str, Callable[[Path], Sequence[str]], str]] = {
     "no checkpoint": (
         "train_eval_1p",
         lambda at: [f"--data_path={at}/tree"],
-        "give --checkpoint=FILE",
+        "needs --checkpoint=VALUE",
+    ),
+    "fine-tuning from nothing": (
+        "train_finetune_1p",
+        lambda at: [f"--data_path={at}/tree"],
+        "needs --finetune_pth=VALUE: checkpoint to start from",
     ),
     "truncated": (
         "train_eval_1p",

@@ -26,11 +26,6 @@ METRIC = Metric("top1", "percent")
 def main(argv: Sequence[str] | None = None) -> None:
     """Loads the checkpoint and scores it."""
     config = load_config(Config, sys.argv[1:] if argv is None else argv, CARD_OPTIONS)
-    if not config.weights.checkpoint:
-        raise UserError(
-            "Evaluation needs weights: give --checkpoint=FILE, "
-            "for instance test/output/0/checkpoints/best.pth."
-        )
     with start_run(config, METRIC) as run:
         data = build_held_out_data(config, run)
         path = Path(config.weights.checkpoint)
