@@ -6,11 +6,13 @@ import io
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -323,12 +325,32 @@ def test_a_killed_worker_ends_the_make(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_workers_end_before_the_directory_is_cleared(tmp_path, monkeypatch):
+    drawing = []
+    clear = shutil.rmtree
+
+    def watched(*args: Any, **options: Any) -> None:
+        drawing.append(len(multiprocessing.active_children()))
+        clear(*args, **options)
+
+    def stop(done: int, total: int) -> None:
+        assert multiprocessing.active_children()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    with pytest.raises(KeyboardInterrupt):
+        sample.make(tmp_path, train=2000, val=10, workers=2, progress=stop)
+    assert drawing == [0]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layout": "voc"}, "no layout 'voc'; choose one of imagenet"),
-        ({"train": 9}, "train=9 leaves a class"),
-        ({"val": 0}, "val=0 leaves a class"),
+        ({"layout": "voc"}, "no layout 'voc'; choose one of imagenet, coco"),
+        ({"train": 9}, "train=9 leaves .* without a picture of each class; ask for at least 10"),
+        ({"val": 0}, "val=0 leaves .* without a picture of each class"),
+        ({"layout": "coco", "val": 0}, "val=0 leaves .* without a picture; ask for at least 1"),
         ({"size": 8}, "cannot be 8 x 8 pixels"),
         ({"size": (224, 5000)}, "cannot be 224 x 5000 pixels"),
         ({"seed": -1}, "seed=-1"),
@@ -379,7 +401,7 @@ def test_command_makes_and_shows_the_tree(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.splitlines()[0] == str(out)
-    assert "arrow/           2 pictures" in result.stdout
+    assert "    train/arrow/         2 files" in result.stdout.splitlines()
     with Image.open(next(out.rglob("*.jpg"))) as picture:
         assert picture.size == (40, 32)
     assert contents(out) == contents(
@@ -402,7 +424,7 @@ def test_command_without_a_directory_uses_the_cache(tmp_path, monkeypatch, capsy
         (["--size=64x"], "'64x' is no size"),
         (["--size=big"], "'big' is no size; write 224, or 500x375"),
         (["--trian=3"], "unrecognized arguments: --trian=3"),
-        (["--val=3"], "error: val=3 leaves a class"),
+        (["--val=3"], "error: val=3 leaves the sample data set without a picture of each class"),
         (["--out=/dev/null"], "/dev/null is not a directory"),
     ],
 )

@@ -20,10 +20,14 @@ examples:
         the data set that --data_path=sample uses, in the cache
   python3 -m zoo_common.sample --out ./shapes --train 4000 --size 500x375
         a larger one in ./shapes
+  python3 -m zoo_common.sample --layout coco --out ./coco
+        one for detection, laid out as COCO 2017
 
-Pictures show up to five shapes of different colours and textures on a noisy background; the
-largest names the class. The same options give the same pictures on every machine. A data set that
-is there is used again; a directory that holds anything else is left alone.
+imagenet: up to five shapes of different colours and textures on a noisy background; the largest
+names the class. coco: up to six shapes, at times a crowd of tiny ones, at times none, with boxes,
+masks and captions; some pictures have width and height the other way round. The same options give
+the same pictures on every machine. A data set that is there is used again; a directory that holds
+anything else is left alone.
 """
 
 
@@ -91,8 +95,8 @@ def _parser() -> argparse.ArgumentParser:
         "$ZOO_DATA_DIR, or else in ~/.cache/zoo_common)",
     )
     for name, default, text in (
-        ("--train", 4000, "pictures to train on (default: %(default)s)"),
-        ("--val", 500, "pictures held out (default: %(default)s)"),
+        ("--train", None, f"pictures to train on (default: {_defaults('train')})"),
+        ("--val", None, f"pictures held out (default: {_defaults('val')})"),
         ("--seed", 0, "another seed gives other pictures (default: %(default)s)"),
         ("--workers", 1, "processes that draw (default: %(default)s)"),
     ):
@@ -100,11 +104,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--size",
         type=_size,
-        default=(224, 224),
         metavar="S",
-        help="pixels: the side of a square, or WIDTHxHEIGHT (default: 224)",
+        help=f"pixels: the side of a square, or WIDTHxHEIGHT (default: {_defaults('size')})",
     )
     return parser
+
+
+def _defaults(option: str) -> str:
+    values = {name: getattr(layout, option) for name, layout in sample.LAYOUTS.items()}
+    texts = {n: "x".join(map(str, v)) if option == "size" else v for n, v in values.items()}
+    return ", ".join(f"{value} for {name}" for name, value in texts.items())
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -118,11 +127,12 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _print_tree(directory: Path) -> None:
+    """Prints the directory, and each folder that holds files with their number."""
     print(directory)
-    for split in sorted(path for path in directory.iterdir() if path.is_dir()):
-        print(f"    {split.name}/")
-        for folder in sorted(split.iterdir()):
-            print(f"        {folder.name + '/':<12}{sum(1 for _ in folder.iterdir()):>6} pictures")
+    for folder in sorted(path for path in directory.rglob("*") if path.is_dir()):
+        files = sum(1 for path in folder.iterdir() if path.is_file())
+        if files:
+            print(f"    {folder.relative_to(directory).as_posix() + '/':<16}{files:>6} files")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -13,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from zoo_common.errors import UserError
-from zoo_common.sample import imagenet
+from zoo_common.sample import coco, imagenet
 from zoo_common.sample.directory import default_root, make_directory
-from zoo_common.sample.scenes import SPLITS, VERSION, label_of
-from zoo_common.sample.shapes import CLASSES
+from zoo_common.sample.layout import Layout, Picture
+from zoo_common.sample.scenes import SPLITS, VERSION
 
-LAYOUTS = ("imagenet",)
+LAYOUTS: dict[str, Layout] = {"imagenet": imagenet.LAYOUT, "coco": coco.LAYOUT}
+"""The layouts by name."""
 
 Progress = Callable[[int, int], None]
 
@@ -39,8 +39,12 @@ class _Wanted:
     seed: int
 
     @property
-    def pictures(self) -> list[tuple[str, int]]:
-        return [(split, i) for split, n in zip(SPLITS, self.counts, strict=True) for i in range(n)]
+    def pictures(self) -> list[Picture]:
+        return [
+            Picture(self.seed, split, index, self.width, self.height)
+            for split, count in zip(SPLITS, self.counts, strict=True)
+            for index in range(count)
+        ]
 
     @property
     def name(self) -> str:
@@ -50,12 +54,7 @@ class _Wanted:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        files: dict[str, int] = {}
-        for split, count in zip(SPLITS, self.counts, strict=True):
-            rounds = count // len(CLASSES)
-            rest = range(rounds * len(CLASSES), count)
-            more = Counter(label_of(self.seed, split, index) for index in rest)
-            files |= {f"{split}/{name}": rounds + more[name] for name in CLASSES}
+        counts = dict(zip(SPLITS, self.counts, strict=True))
         return {
             "data_set": "zoo_common.sample",
             "version": VERSION,
@@ -63,7 +62,7 @@ class _Wanted:
             "seed": self.seed,
             "width": self.width,
             "height": self.height,
-            "files": files,
+            "files": LAYOUTS[self.layout].count_files(self.seed, counts),
         }
 
 
@@ -71,9 +70,9 @@ def make(
     root: Path | None = None,
     *,
     layout: str = "imagenet",
-    train: int = 4000,
-    val: int = 500,
-    size: int | tuple[int, int] = 224,
+    train: int | None = None,
+    val: int | None = None,
+    size: int | tuple[int, int] | None = None,
     seed: int = 0,
     workers: int = 1,
     progress: Progress | None = None,
@@ -83,10 +82,13 @@ def make(
     Args:
         root: where that directory is made; ``default_root()`` if None.
         layout: one of ``LAYOUTS``. ``imagenet``: ``train/<class>/<class>_<number>.jpg`` and
-            ``val/...``, the class being the shape of the picture's main object.
-        train: pictures in ``train``.
-        val: pictures in ``val``.
-        size: of a picture in pixels: the side of a square, or (width, height).
+            ``val/...``, the class being the shape of the picture's main object. ``coco``:
+            ``train2017/*.jpg``, ``val2017/*.jpg`` and
+            ``annotations/{instances,captions}_{train,val}2017.json``.
+        train: pictures to train on; the layout's default if None, here and below.
+        val: pictures held out.
+        size: of a picture in pixels: the side of a square, or (width, height), which some
+            pictures of ``coco`` have the other way round.
         seed: another seed gives other pictures.
         workers: processes that draw. With more than one, the caller's main module must be
             importable without side effects, as for every use of ``multiprocessing``.
@@ -107,9 +109,9 @@ def make_at(
     directory: Path,
     *,
     layout: str = "imagenet",
-    train: int = 4000,
-    val: int = 500,
-    size: int | tuple[int, int] = 224,
+    train: int | None = None,
+    val: int | None = None,
+    size: int | tuple[int, int] | None = None,
     seed: int = 0,
     workers: int = 1,
     progress: Progress | None = None,
@@ -123,18 +125,27 @@ def make_at(
 
 
 def _check(
-    layout: str, train: int, val: int, size: int | tuple[int, int], seed: int, workers: int
+    layout: str,
+    train: int | None,
+    val: int | None,
+    size: int | tuple[int, int] | None,
+    seed: int,
+    workers: int,
 ) -> _Wanted:
     if layout not in LAYOUTS:
         raise UserError(
             f"the sample data set has no layout {layout!r}; choose one of {', '.join(LAYOUTS)}"
         )
+    chosen = LAYOUTS[layout]
+    train = chosen.train if train is None else train
+    val = chosen.val if val is None else val
     for name, count in (("train", train), ("val", val)):
-        if count < len(CLASSES):
+        if count < chosen.least:
             raise UserError(
-                f"{name}={count} leaves a class of the sample data set without a picture; ask "
-                f"for at least {len(CLASSES)}"
+                f"{name}={count} leaves the sample data set without {chosen.lacking}; ask for at "
+                f"least {chosen.least}"
             )
+    size = chosen.size if size is None else size
     width, height = (size, size) if isinstance(size, int) else size
     for side in (width, height):
         if not _MIN_SIDE <= side <= _MAX_SIDE:
@@ -150,25 +161,39 @@ def _check(
 
 
 def _make(wanted: _Wanted, directory: Path, workers: int, progress: Progress | None) -> Path:
+    layout = LAYOUTS[wanted.layout]
+
     def fill(building: Path) -> None:
-        imagenet.make_folders(building)
-        if workers == 1:
-            total = sum(wanted.counts)
-            for done, (split, index) in enumerate(wanted.pictures, start=1):
-                imagenet.write_picture(
-                    building, wanted.seed, split, index, wanted.width, wanted.height
-                )
+        for folder in wanted.manifest["files"]:
+            (building / folder).mkdir(parents=True)
+        drawn = _drawn(building, wanted) if workers == 1 else _drawn_by(workers, building, wanted)
+        pictures = wanted.pictures
+        notes: list[Any] = [None] * len(pictures)
+        # Closed, so that the workers have ended before their directory is cleared away.
+        with closing(drawn):
+            for done, (place, note) in enumerate(drawn, start=1):
+                notes[place] = note
                 if progress is not None:
-                    progress(done, total)
-        else:
-            _fill_in_parallel(building, wanted, workers, progress)
+                    progress(done, len(pictures))
+        train = wanted.counts[0]
+        layout.finish(building, dict(zip(SPLITS, (notes[:train], notes[train:]), strict=True)))
 
     return make_directory(directory, wanted.manifest, fill)
 
 
-def _fill_in_parallel(
-    building: Path, wanted: _Wanted, workers: int, progress: Progress | None
-) -> None:
+def _drawn(
+    building: Path, wanted: _Wanted, share: int = 0, shares: int = 1
+) -> Generator[tuple[int, Any], None, None]:
+    """Draws every ``shares``-th picture; gives their places and the layout's notes."""
+    write_picture = LAYOUTS[wanted.layout].write_picture
+    for place, picture in list(enumerate(wanted.pictures))[share::shares]:
+        yield place, write_picture(building, picture)
+
+
+def _drawn_by(
+    workers: int, building: Path, wanted: _Wanted
+) -> Generator[tuple[int, Any], None, None]:
+    """Has all pictures drawn by so many processes; gives what ``_drawn`` gives, in any order."""
     # No pool: its idle workers outlive a parent that was killed. These draw a fixed share each.
     # "spawn" because forking a process that has threads, as one with torch does, can hang.
     context = get_context("spawn")
@@ -200,9 +225,8 @@ def _fill_in_parallel(
                     continue
                 if isinstance(report, OSError):
                     raise report
-                done += report
-                if progress is not None:
-                    progress(done, total)
+                done += len(report)
+                yield from report
     finally:
         for process in processes:
             process.terminate()
@@ -215,21 +239,20 @@ def _fill_in_parallel(
 def _draw_share(
     building: Path, wanted: _Wanted, share: int, shares: int, reports: Connection
 ) -> None:
-    """Draws every ``shares``-th picture; sends numbers of pictures done, or what went wrong."""
+    """Sends what ``_drawn`` gives for its share in lists, or what went wrong."""
     # Ctrl-C goes to all processes of a terminal; the parent sees to its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    unreported = 0
+    unreported = []
     with suppress(BrokenPipeError):  # The parent is gone: nobody wants the rest.
-        for split, index in wanted.pictures[share::shares]:
-            try:
-                imagenet.write_picture(
-                    building, wanted.seed, split, index, wanted.width, wanted.height
-                )
-            except OSError as error:
-                reports.send(error)
-                return
-            unreported += 1
-            if unreported == _REPORT_EVERY:
-                reports.send(unreported)
-                unreported = 0
-        reports.send(unreported)
+        try:
+            for drawn in _drawn(building, wanted, share, shares):
+                unreported.append(drawn)
+                if len(unreported) == _REPORT_EVERY:
+                    reports.send(unreported)
+                    unreported = []
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            reports.send(error)
+        else:
+            reports.send(unreported)

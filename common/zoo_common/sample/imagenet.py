@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
-from io import BytesIO
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from zoo_common.sample.draw import draw
-from zoo_common.sample.scenes import SPLITS, compose
+from zoo_common.sample.layout import Layout, Picture, write_jpeg
+from zoo_common.sample.scenes import compose, label_of
 from zoo_common.sample.shapes import CLASSES
 
-_JPEG_QUALITY = 90
+
+def _count_files(seed: int, counts: Mapping[str, int]) -> dict[str, int]:
+    files: dict[str, int] = {}
+    for split, count in counts.items():
+        rounds = count // len(CLASSES)
+        rest = range(rounds * len(CLASSES), count)
+        more = Counter(label_of(seed, split, index) for index in rest)
+        files |= {f"{split}/{name}": rounds + more[name] for name in CLASSES}
+    return files
 
 
-def make_folders(directory: Path) -> None:
-    """Makes the folders of all classes in an existing, empty directory."""
-    for split in SPLITS:
-        for name in CLASSES:
-            (directory / split / name).mkdir(parents=True)
+def _write_picture(directory: Path, picture: Picture) -> None:
+    """Draws a picture into its class's folder."""
+    scene = compose(*picture)
+    name = f"{scene.label}_{picture.number:06d}.jpg"
+    write_jpeg(directory / picture.split / scene.label / name, draw(scene))
 
 
-def write_picture(
-    directory: Path, seed: int, split: str, index: int, width: int, height: int
-) -> None:
-    """Draws one picture of ``width`` x ``height`` pixels into its class's folder.
+def _finish(directory: Path, notes: Mapping[str, Sequence[None]]) -> None:
+    """The pictures are all there is."""
 
-    Raises:
-        OSError: if it cannot be written.
-    """
-    scene = compose(seed, split, index, width, height)
-    # Pillow's own writing to a file loses the reason when that fails.
-    buffer = BytesIO()
-    Image.fromarray(draw(scene)).save(buffer, format="JPEG", quality=_JPEG_QUALITY)
-    path = directory / split / scene.label / f"{scene.label}_{index:06d}.jpg"
-    path.write_bytes(buffer.getvalue())
+
+LAYOUT = Layout(
+    train=4000,
+    val=500,
+    size=(224, 224),
+    least=len(CLASSES),
+    lacking="a picture of each class",
+    count_files=_count_files,
+    write_picture=_write_picture,
+    finish=_finish,
+)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -57,6 +57,29 @@ _OTHER_COUNT = (1, 4)
 # No more than this many objects lie in front of the main object.
 _MAX_IN_FRONT = 2
 _ASPECT = (0.87, 1.15)
+
+# Scenes of several objects. What a block of this many pictures holds: empty ones, and ones with a
+# crowd.
+_KINDS = ("empty",) + ("crowd",) * 2 + ("plain",) * 37
+_SEVERAL_COUNT = (1, 6)
+# The square root of an object's area, as a part of the picture's shorter side; small is as likely
+# as large.
+_SEVERAL_SCALE = (0.16, 0.62)
+# How far an object's centre stays from the border, as a part of the picture's width and height.
+_MARGIN = 0.06
+# Least distance of two objects' centres, as a part of the sum of their scales; discs of equal
+# area touch at 0.56. An object that finds no place in so many tries is not drawn.
+_CLOSENESS = (0.15, 0.6)
+_TRIES = 8
+# Turns that keep a shape's top at the top: detectors meet things upright, and learn them sooner.
+_UPRIGHT = (-0.35, 0.35)
+_ANY_ANGLE = (0.0, math.tau)
+# A crowd: its members, their scale and the ellipse that they fill, in shorter sides.
+_CROWD_COUNT = (12, 24)
+_CROWD_SCALE = (0.05, 0.075)
+_CROWD_RADIUS = (0.16, 0.3)
+_CROWD_CLOSENESS = 0.65
+
 _COLOUR_JITTER = 14
 # Least distance of an object's colour to those of the background, summed over R, G and B.
 _MIN_CONTRAST = 200
@@ -121,6 +144,7 @@ class SceneObject:
         scale: square root of the area in pixels, also of what lies outside the picture.
         aspect: stretch along the shape's own x axis; the area stays.
         angle: rotation in radians, clockwise on the screen.
+        in_crowd: whether it is one of the many of the picture's crowd.
     """
 
     shape: str
@@ -133,6 +157,7 @@ class SceneObject:
     scale: float
     aspect: float
     angle: float
+    in_crowd: bool = False
 
     @cached_property
     def polygon(self) -> tuple[Point, ...]:
@@ -247,6 +272,87 @@ def compose(seed: int, split: str, index: int, width: int, height: int) -> Scene
     return Scene(width, height, seed, background, (*behind, main, *in_front))
 
 
+def compose_several(seed: int, split: str, index: int, long: int, short: int) -> Scene:
+    """Composes a picture of the detection set: up to six objects, maybe a crowd, maybe nothing.
+
+    Each run of forty indices that starts at a multiple of forty has one picture without objects
+    and two with a crowd: many tiny shapes of one class and colour, close to one another.
+
+    Args:
+        seed: the data set's seed, from 0 up.
+        split: one of ``SPLITS``; their pictures have nothing in common.
+        index: the picture's number in the split, from 0 up.
+        long: the longer side in pixels; the width of about six pictures of ten.
+        short: the shorter side.
+
+    Returns:
+        The scene, a function of ``VERSION`` and the arguments alone.
+    """
+    block, place = divmod(index, len(_KINDS))
+    kind = Dice(VERSION, seed, SPLITS.index(split), 2, block).shuffled(_KINDS)[place]
+    dice = Dice(VERSION, seed, SPLITS.index(split), 3, index)
+    width, height = (long, short) if dice.unit() < 0.6 else (short, long)
+    background = _compose_background(dice, width, height)
+    names = dice.shuffled(list(COLOURS))
+    objects: list[SceneObject] = []
+    for _ in range(0 if kind == "empty" else dice.integer(*_SEVERAL_COUNT)):
+        low, high = _SEVERAL_SCALE
+        scale = short * low * (high / low) ** dice.unit()
+        centre = _find_place(dice, scale, objects, width, height)
+        if centre is not None:
+            shape = dice.choice(CLASSES)
+            objects.append(_compose_object(dice, shape, centre, scale, names, background, _UPRIGHT))
+    if kind == "crowd":
+        crowd = _compose_crowd(dice, width, height, names, background)
+        objects = crowd + objects if dice.unit() < 0.5 else objects + crowd
+    return Scene(width, height, seed, background, tuple(objects))
+
+
+def _find_place(
+    dice: Dice, scale: float, others: list[SceneObject], width: int, height: int
+) -> Point | None:
+    """A centre for an object that hides little of the others, or None if none was found."""
+    closeness = dice.uniform(*_CLOSENESS)
+    for _ in range(_TRIES):
+        x = width * dice.uniform(_MARGIN, 1 - _MARGIN)
+        y = height * dice.uniform(_MARGIN, 1 - _MARGIN)
+        if all(
+            math.dist((x, y), other.centre) >= closeness * (scale + other.scale) for other in others
+        ):
+            return x, y
+    return None
+
+
+def _compose_crowd(
+    dice: Dice, width: int, height: int, colours: list[str], background: Background
+) -> list[SceneObject]:
+    """Tiny shapes of one class and colour; the colour is taken out of ``colours``."""
+    side = min(width, height)
+    shape = dice.choice(CLASSES)
+    middle_x, middle_y = width * dice.uniform(0.15, 0.85), height * dice.uniform(0.15, 0.85)
+    wide, tall = side * dice.uniform(*_CROWD_RADIUS), side * dice.uniform(*_CROWD_RADIUS)
+    members: list[SceneObject] = []
+    wanted = dice.integer(*_CROWD_COUNT)
+    for _ in range(4 * wanted):
+        if len(members) == wanted:
+            break
+        scale = side * dice.uniform(*_CROWD_SCALE)
+        angle, radius = dice.uniform(0, math.tau), math.sqrt(dice.unit())
+        x, y = (
+            middle_x + radius * wide * math.cos(angle),
+            middle_y + radius * tall * math.sin(angle),
+        )
+        if any(
+            math.dist((x, y), other.centre) < _CROWD_CLOSENESS * (scale + other.scale)
+            for other in members
+        ):
+            continue
+        choices = [members[0].colour] if members else colours
+        member = _compose_object(dice, shape, (x, y), scale, choices, background, _UPRIGHT)
+        members.append(replace(member, in_crowd=True))
+    return members
+
+
 def _compose_object(
     dice: Dice,
     shape: str,
@@ -254,6 +360,7 @@ def _compose_object(
     scale: float,
     colours: list[str],
     background: Background,
+    angles: tuple[float, float] = _ANY_ANGLE,
 ) -> SceneObject:
     """An object of the given shape and place; its colour is taken out of ``colours``."""
     contrasts = {
@@ -277,7 +384,7 @@ def _compose_object(
         centre=centre,
         scale=scale,
         aspect=dice.uniform(*_ASPECT),
-        angle=dice.uniform(0, math.tau),
+        angle=dice.uniform(*angles),
     )
 
 
