@@ -10,36 +10,41 @@ Shape letters: B images, C channels (RGB), H W pixels, D numbers that a transfor
 
 from __future__ import annotations
 
-import atexit
-import ctypes
 import io
 import logging
-import multiprocessing
 import os
 import random
-import shutil
-import signal
 import struct
-import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
+from zoo_common.data_workers import WorkerInit, check_shared_memory
 from zoo_common.errors import UserError
 
 _log = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
 _NAMES_SHOWN = 10
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by EXIF orientation."""
 
 
 # ---------------------------------------------------------------------------- order
@@ -89,9 +94,9 @@ class StepSampler:
         self.steps_per_epoch = steps_per_epoch(size, batch_size, world_size)
         self.start_step = start_step
         self.total_steps = total_steps
+        self.batch_size = batch_size
+        self.global_batch = batch_size * world_size
         self._size = size
-        self._batch_size = batch_size
-        self._global_batch = batch_size * world_size
         self._rank = rank
         self._seed = seed
         self._shuffle = shuffle
@@ -107,12 +112,13 @@ class StepSampler:
         while self.total_steps is None or step < self.total_steps:
             now, position = divmod(step, self.steps_per_epoch)
             if now != epoch:
-                epoch, order = now, self._order(now)
-            begin = position * self._global_batch + self._rank * self._batch_size
-            yield [Draw(epoch, int(i)) for i in order[begin : begin + self._batch_size]]
+                epoch, order = now, self.order(now)
+            begin = position * self.global_batch + self._rank * self.batch_size
+            yield [Draw(epoch, int(i)) for i in order[begin : begin + self.batch_size]]
             step += 1
 
-    def _order(self, epoch: int) -> NDArray[np.int64]:
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The items of an epoch, one global batch after the other; what is left over is last."""
         if not self._shuffle:
             return np.arange(self._size)
         # Sorting raw Philox words, which numpy promises never to change, keeps the order of an
@@ -177,8 +183,8 @@ def _unsigned(seed: int) -> int:
 # ---------------------------------------------------------------------------- items
 
 
-class ImageSource(Protocol):
-    """A list of labelled image files, for example ``zoo_common.imagenet.FolderIndex``."""
+class ImageFiles(Protocol):
+    """A list of image files."""
 
     def __len__(self) -> int: ...
 
@@ -187,6 +193,10 @@ class ImageSource(Protocol):
 
     def item_id(self, index: int) -> str:
         """The image's name for people."""
+
+
+class ImageSource(ImageFiles, Protocol):
+    """A list of labelled image files, for example ``zoo_common.imagenet.FolderIndex``."""
 
     def label(self, index: int) -> int:
         """The image's class number."""
@@ -211,6 +221,32 @@ class Damaged(NamedTuple):
 
     item_id: str
     reason: str
+
+
+class AnyBatch(Protocol):
+    """What a stream needs to know of a batch."""
+
+    @property
+    def item_ids(self) -> list[str]:
+        """The names of the images; an empty list is a batch without any, and is passed over."""
+
+    @property
+    def damaged(self) -> list[Damaged]:
+        """Images that were met and left out while the batch was made."""
+
+
+AnyBatchT = TypeVar("AnyBatchT", bound=AnyBatch)
+AnyBatchT_co = TypeVar("AnyBatchT_co", bound=AnyBatch, covariant=True)
+
+
+class Items(Protocol[AnyBatchT_co]):
+    """What makes the batches of a stream; each worker has a copy."""
+
+    def __getitems__(self, wanted: Any, /) -> AnyBatchT_co:
+        """A batch of what the sampler asks for."""
+
+    def batch_bytes(self, batch_size: int) -> int:
+        """The most memory that a batch of so many images takes."""
 
 
 class Batch(NamedTuple):
@@ -266,8 +302,12 @@ class DamagedImageError(Exception):
     """An image file that cannot be opened or decoded; the message is the reason."""
 
 
-def read_image(path: str) -> Image.Image:
-    """Reads and decodes an image file as RGB; alpha is dropped, EXIF orientation is not applied.
+def read_image(path: str, *, upright: bool = False) -> Image.Image:
+    """Reads and decodes an image file as RGB; alpha is dropped.
+
+    Args:
+        path: The file.
+        upright: Apply the EXIF orientation, if there is one.
 
     Raises:
         DamagedImageError: It cannot be opened or decoded.
@@ -275,6 +315,8 @@ def read_image(path: str) -> Image.Image:
     try:
         with open(path, "rb") as file:  # noqa: PTH123 - Path() costs as much as the read
             image: Image.Image = Image.open(io.BytesIO(file.read()))
+        if upright:
+            image = _upright(image)
         if image.mode == "P" and "transparency" in image.info:
             # Straight to RGB, Pillow would warn; the colours are the same.
             image = image.convert("RGBA")
@@ -288,28 +330,70 @@ def read_image(path: str) -> Image.Image:
     return image
 
 
-class _Items(Dataset[Batch]):
-    """What the data sets of training and evaluation share; a worker gets a copy."""
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # an EXIF block that cannot be read says nothing of the picture
+        return image
+    return image if turn is None else image.transpose(turn)
 
-    def __init__(self, source: ImageSource, transform: Transform, max_damaged: int) -> None:
-        self._source = source
-        self._transform = transform
+
+class ImageItems:
+    """Reads images for batches and notes the damaged ones.
+
+    Args:
+        files: The images.
+        max_damaged: How many damaged images one process accepts.
+    """
+
+    def __init__(self, files: ImageFiles, max_damaged: int) -> None:
+        self._files = files
         self._max_damaged = max_damaged
 
-    def __len__(self) -> int:
-        return len(self._source)
+    def read(self, index: int) -> Image.Image:
+        """One image.
+
+        Raises:
+            DamagedImageError: It cannot be used.
+        """
+        return read_image(self._files.path(index))
+
+    def read_or_note(self, index: int, damaged: list[Damaged]) -> Image.Image | None:
+        """One image; None for a damaged one, which is added to ``damaged``."""
+        try:
+            return self.read(index)
+        except DamagedImageError as error:
+            damaged.append(Damaged(self._files.item_id(index), str(error)))
+            return None
+
+    def read_or_next(self, index: int, damaged: list[Damaged]) -> tuple[Image.Image, int]:
+        """One image, or the next one that can be read, and its number."""
+        for offset in range(self._max_damaged + 1):
+            near = (index + offset) % len(self._files)
+            image = self.read_or_note(near, damaged)
+            if image is not None:
+                return image, near
+        # More damage than the run allows: the main process ends it when it counts this batch.
+        return Image.new("RGB", (8, 8)), index
+
+
+class _LabelledItems(ImageItems):
+    """What the data sets of training and evaluation share."""
+
+    def __init__(self, source: ImageSource, transform: Transform, max_damaged: int) -> None:
+        super().__init__(source, max_damaged)
+        self._source = source
+        self._transform = transform
 
     def blank(self) -> Pixels:
         """What the transform makes of a black image; has the shape of every item."""
         with kept_rng():
             return self._transform(Image.new("RGB", (8, 8)))
 
-    def _read(self, index: int, damaged: list[Damaged]) -> Image.Image | None:
-        try:
-            return read_image(self._source.path(index))
-        except DamagedImageError as error:
-            damaged.append(Damaged(self._source.item_id(index), str(error)))
-            return None
+    def batch_bytes(self, batch_size: int) -> int:
+        """The memory of a batch's images."""
+        return self.blank().image_HWC.nbytes * batch_size
 
     def _batch(self, pixels: list[Pixels], indices: list[int], damaged: list[Damaged]) -> Batch:
         like = pixels[0] if pixels else self.blank()
@@ -328,7 +412,7 @@ class _Items(Dataset[Batch]):
         )
 
 
-class TrainItems(_Items):
+class TrainItems(_LabelledItems):
     """Makes training batches from lists of ``Draw``.
 
     In the place of a damaged image comes the next one of the data set that can be read, with its
@@ -347,23 +431,14 @@ class TrainItems(_Items):
         damaged: list[Damaged] = []
         with kept_rng():
             for draw in draws:
-                image, index = self._read_or_next(draw.index, damaged)
+                image, index = self.read_or_next(draw.index, damaged)
                 seed_rng(self._seed, draw.epoch, draw.index)
                 pixels.append(self._transform(image))
                 indices.append(index)
         return self._batch(pixels, indices, damaged)
 
-    def _read_or_next(self, index: int, damaged: list[Damaged]) -> tuple[Image.Image, int]:
-        for offset in range(self._max_damaged + 1):
-            near = (index + offset) % len(self._source)
-            image = self._read(near, damaged)
-            if image is not None:
-                return image, near
-        # More damage than the run allows: the main process ends it when it counts this batch.
-        return Image.new("RGB", (8, 8)), index
 
-
-class EvalItems(_Items):
+class EvalItems(_LabelledItems):
     """Makes evaluation batches from lists of indices; damaged images are left out."""
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
@@ -371,7 +446,7 @@ class EvalItems(_Items):
         kept: list[int] = []
         damaged: list[Damaged] = []
         for index in indices:
-            image = self._read(index, damaged)
+            image = self.read_or_note(index, damaged)
             if image is not None:
                 pixels.append(self._transform(image))
                 kept.append(index)
@@ -415,59 +490,45 @@ class DamagedItems:
 # ---------------------------------------------------------------------------- loading
 
 
-class WorkerInit:
-    """Readies a data worker: ``worker_init_fn`` of one loader, to be closed before its workers end.
+class _Refusal(NamedTuple):
+    """In the place of a batch: the message of a ``UserError``."""
 
-    A launcher and a terminal signal whole process groups, and it is the main process that
-    decides what a signal means: it may still need batches to reach its last step. So workers
-    ignore SIGINT and SIGHUP, and SIGTERM until the main process has called ``close``. A worker
-    ends when its main process ends it or is gone (torch's watchdog, within 5 s).
-    """
-
-    def __init__(self) -> None:
-        self._closed = multiprocessing.RawValue(ctypes.c_bool, True)
-
-    def open(self) -> None:
-        """SIGTERM is ignored from here on."""
-        self._closed.value = False
-        _open_inits.add(self)
-
-    def close(self) -> None:
-        """SIGTERM ends a worker from here on; torch sends it to those that miss their message."""
-        self._closed.value = True
-        _open_inits.discard(self)
-
-    def __call__(self, worker_id: int) -> None:
-        """Runs in the worker; torch has set it to one thread."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, self._on_terminate)
-
-    def _on_terminate(self, number: int, frame: types.FrameType | None) -> None:
-        if self._closed.value:
-            os._exit(0)
+    message: str
 
 
-_open_inits: set[WorkerInit] = set()
+class _Guarded(Dataset[Any]):
+    """Hands a ``UserError`` over as a value, since torch would add a worker's traceback to it."""
+
+    def __init__(self, items: Items[AnyBatch]) -> None:
+        self._items = items
+
+    def __getitems__(self, wanted: Any) -> Any:
+        try:
+            return self._items.__getitems__(wanted)
+        except UserError as error:
+            return _Refusal(str(error))
 
 
-@atexit.register
-def _close_all() -> None:
-    """Runs before multiprocessing's own exit function, which would wait for deaf workers."""
-    for worker_init in list(_open_inits):
-        worker_init.close()
-
-
-class BatchStream:
+class BatchStream(Generic[AnyBatchT]):
     """Batches of one process in order, with damaged images counted as they pass.
 
     Iterating begins anew each time: training at its start step, evaluation at the first image.
-    Made by ``build_loader`` and ``build_eval_loader``.
+
+    Args:
+        items: Makes the batches.
+        batches: What is in them.
+        damaged: Counts the damaged images.
+        workers: Data worker processes; 0 loads in this process.
+        prefetch_factor: Batches that each worker makes in advance.
+        device: Where the batches are going; memory is pinned for an accelerator.
+
+    Raises:
+        UserError: Too little shared memory for the workers.
     """
 
     def __init__(
         self,
-        items: TrainItems | EvalItems,
+        items: Items[AnyBatchT],
         batches: StepSampler | BatchSampler,
         damaged: DamagedItems,
         *,
@@ -478,9 +539,12 @@ class BatchStream:
         self.damaged = damaged
         self._batches = batches
         self._worker_init = WorkerInit()
-        self._iterator: Iterator[Batch] | None = None
+        self._iterator: Iterator[Any] | None = None
+        if workers:
+            needed = items.batch_bytes(batches.batch_size) * workers * (prefetch_factor + 1)
+            check_shared_memory(needed, workers)
         self._loader: DataLoader[Any] = DataLoader(
-            items,
+            _Guarded(items),
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=_as_it_is,
@@ -508,16 +572,19 @@ class BatchStream:
         assert isinstance(self._batches, StepSampler)
         self._batches.start_step = step
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[AnyBatchT]:
         self.close()
         self._worker_init.open()
         self._iterator = iter(self._loader)
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> AnyBatchT:
         try:
             while self._iterator is not None:
-                batch = next(self._iterator)
+                made = next(self._iterator)
+                if isinstance(made, _Refusal):
+                    raise UserError(made.message)
+                batch: AnyBatchT = made
                 self.damaged.add(batch.damaged)
                 if batch.item_ids:  # every image of an evaluation batch may be damaged
                     return batch
@@ -557,7 +624,7 @@ def build_loader(
     prefetch_factor: int = 2,
     max_damaged: int = 10,
     device: torch.device = _CPU,
-) -> BatchStream:
+) -> BatchStream[Batch]:
     """The training batches of one process, for the whole run.
 
     Args:
@@ -591,7 +658,6 @@ def build_loader(
         total_steps=total_steps,
         shuffle=shuffle,
     )
-    _check_shared_memory(items, batch_size, workers, prefetch_factor)
     damaged = DamagedItems(max_damaged, "replaced by the next one")
     return BatchStream(
         items, batches, damaged, workers=workers, prefetch_factor=prefetch_factor, device=device
@@ -609,7 +675,7 @@ def build_eval_loader(
     prefetch_factor: int = 2,
     max_damaged: int = 10,
     device: torch.device = _CPU,
-) -> BatchStream:
+) -> BatchStream[Batch]:
     """The evaluation batches of one process: over all processes, every image exactly once.
 
     The last batch may be smaller, and processes may have one batch more or less. Damaged images
@@ -618,28 +684,10 @@ def build_eval_loader(
     """
     items = EvalItems(source, transform, max_damaged)
     batches = BatchSampler(shard(len(source), rank, world_size), batch_size, drop_last=False)
-    _check_shared_memory(items, batch_size, workers, prefetch_factor)
     damaged = DamagedItems(max_damaged, "left out")
     return BatchStream(
         items, batches, damaged, workers=workers, prefetch_factor=prefetch_factor, device=device
     )
-
-
-def _check_shared_memory(
-    items: TrainItems | EvalItems, batch_size: int, workers: int, prefetch_factor: int
-) -> None:
-    """Workers hand over batches in /dev/shm, and die of a bus error when it is full."""
-    shared = "/dev/shm"
-    if not workers or not os.path.isdir(shared):  # noqa: PTH112
-        return
-    needed = items.blank().image_HWC.nbytes * batch_size * workers * (prefetch_factor + 1)
-    free = shutil.disk_usage(shared).free
-    if free < needed:
-        raise UserError(
-            f"{shared} has {free >> 20} MB free, and {workers} data workers need up to "
-            f"{needed >> 20} MB of it; use fewer workers, a smaller batch size or more shared "
-            "memory (docker run --shm-size)"
-        )
 
 
 def _as_it_is(batch: Any) -> Any:
