@@ -27,7 +27,7 @@ from scaffold import NOT_OF_MODELS, PACKAGE_LIST
 SKIPPED_DIRS = (".git", ".venv", "__pycache__", "*.egg-info", "*_cache", "build", "dist")
 SKIPPED_PATHS = ("data", "*/test/output")
 TEXT_SUFFIXES = {".py", ".sh", ".md", ".yaml", ".yml", ".toml", ".txt", ".json"}
-MAX_FILE_BYTES = 3_000_000
+MAX_FILE_BYTES = 4_000_000
 MAX_FILE_LINES = 700
 MAX_FUNCTION_LINES = {"main": 120}
 USUAL_FUNCTION_LINES = 80
@@ -121,7 +121,7 @@ def check_sizes(tree: Tree) -> Findings:
     for file in tree.files:
         size = file.stat().st_size
         if size > MAX_FILE_BYTES:
-            yield Finding(file, f"has {size / 1e6:.1f} MB: keep it out of git, 3 MB is the limit")
+            yield Finding(file, f"has {size / 1e6:.1f} MB: keep it out of git, 4 MB is the limit")
     for file, text in tree.text_files():
         lines = text.count("\n")
         if file.suffix in (".py", ".sh") and lines > MAX_FILE_LINES:

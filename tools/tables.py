@@ -108,9 +108,9 @@ def runs_table(model: ModelDir) -> str:
     """The runs of test/runs.yaml."""
     rows = []
     for name, run in runs.load(model.path).runs.items():
-        score = f"{run.score.metric} >= {run.score.at_least:g}" if run.score.metric else None
+        score = ", ".join(f"{metric} >= {least:g}" for metric, least in run.score.items())
         command = f"`bash test/{name}.sh`"
-        rows.append((command, run.help, run.devices, f"`{run.config}`", score))
+        rows.append((command, run.help, run.devices, f"`{run.config}`", score or None))
     return table(("command", "what it does", "processes", "config", "score that CI asserts"), rows)
 
 

@@ -1,11 +1,16 @@
 """Configs: what YAML and options set, and what is said when they are wrong."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from zoo_common.config import (
+    CardKey,
+    CardOptions,
+    Given,
     LaunchConfig,
     PrecisionConfig,
     RunConfig,
@@ -21,7 +26,9 @@ from zoo_common.errors import UserError
 class Data:
     path: str = setting("", "directory", kind="path")
     batch_size: int = setting(8, "images", at_least=1)
-    sizes: list[int] = setting([4, 5], "sizes")
+    sizes: list[int] = setting([4, 5], "sizes", at_least=1)
+    pairs: list[list[int]] = setting([[1, 2]], "pairs")
+    shape: str = setting("auto", "shape", choices=("auto", "on", "off"))
     mirror: bool = setting(True, "mirror")
 
 
@@ -33,9 +40,27 @@ class Config:
     launch: LaunchConfig = section(LaunchConfig)
 
 
-CARD = {
+def _level(value: Any, given: Given) -> Mapping[str, Any]:
+    """LEVEL counts only while LEVELS is on."""
+    return {"precision.opt_level": given.get("LEVEL", "O1") if given.get("LEVELS", 1) else "O0"}
+
+
+def _only_two(value: Any, given: Given) -> Mapping[str, Any]:
+    if value != 2:
+        raise ValueError(f"{value!r} is not supported, only 2.")
+    return {}
+
+
+CARD: CardOptions = {
     "--opt-level": "precision.opt_level",
     "SOLVER.IMS_PER_BATCH": "data.batch_size",
+    "INPUT.SIZES": "data.sizes",
+    "INPUT.PAIRS": "data.pairs",
+    "INPUT.MIRROR": "data.mirror",
+    "OUTPUT_DIR": "run.output_dir",
+    "LEVEL": CardKey(("precision.opt_level",), _level),
+    "LEVELS": CardKey(("precision.opt_level",), _level),
+    "VERSION": CardKey((), _only_two),
     "--mirror": "data.mirror",
 }
 
@@ -91,6 +116,78 @@ def test_yaml_builds_on_its_base_and_options_win(tmp_path: Path) -> None:
     assert (config.data.batch_size, config.data.mirror, config.run.seed) == (4, False, 6)
 
 
+@pytest.mark.parametrize(
+    ("key", "text", "path", "value"),
+    [
+        ("SOLVER.IMS_PER_BATCH", "3", "batch_size", 3),
+        ("INPUT.SIZES", "(7, 8)", "sizes", [7, 8]),
+        ("INPUT.SIZES", "[7, 8]", "sizes", [7, 8]),
+        ("INPUT.PAIRS", "[(7, 8)]", "pairs", [[7, 8]]),
+        ("INPUT.MIRROR", "False", "mirror", False),
+        ("INPUT.MIRROR", "0", "mirror", False),
+    ],
+)
+def test_a_card_key_means_the_same_in_words_and_in_yaml(
+    key: str, text: str, path: str, value: Any, tmp_path: Path
+) -> None:
+    *sections, name = key.split(".")
+    nested = f'{{{name}: "{text}"}}' if "(" in text else f"{{{name}: {text}}}"
+    file = tmp_path / "c.yaml"
+    file.write_text("".join(f"{section}: " for section in sections) + nested)
+    for words in ([key, text], [f"{key}={text}"], [f"--config-file={file}"]):
+        assert getattr(load(*words).data, path) == value
+
+
+def test_a_card_key_for_a_text_takes_it_as_it_stands() -> None:
+    assert load("OUTPUT_DIR", "007").run.output_dir == "007"
+    assert load("OUTPUT_DIR", "(1, 2)").run.output_dir == "(1, 2)"
+
+
+@pytest.mark.parametrize(
+    ("words", "level"),
+    [
+        (["LEVEL", "O2"], "O2"),
+        (["LEVELS", "1"], "O1"),
+        (["LEVELS", "1", "LEVEL", "O2"], "O2"),
+        (["LEVELS", "0", "LEVEL", "O2"], "O0"),
+        (["LEVEL", "O2", "LEVELS", "0"], "O0"),
+        (["LEVEL", "O2", "--opt-level=O1"], "O1"),
+        (["--opt-level=O1", "LEVEL", "O2"], "O2"),
+    ],
+)
+def test_card_keys_see_one_another_and_later_words_win(words: list[str], level: str) -> None:
+    assert load(*words).precision.opt_level == level
+
+
+def test_card_keys_and_fields_of_stacked_files_win_in_the_order_of_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    low, middle, top = (tmp_path / name for name in ("low.yaml", "middle.yaml", "top.yaml"))
+    low.write_text("data: {batch_size: 2, mirror: false}\nSOLVER: {IMS_PER_BATCH: 3}\nVERSION: 1\n")
+    middle.write_text("_BASE_: ~/low.yaml\ndata: {sizes: [9]}\nVERSION: 2\n")
+    top.write_text("_base_: middle.yaml\ndata: {batch_size: 4}\n")
+    batches = [load(f"--config={file}").data.batch_size for file in (middle, top)]
+    assert batches == [3, 4]
+    assert load(f"--config={top}").data.sizes == [9]
+    assert load(f"--config={top}", "SOLVER.IMS_PER_BATCH", "5").data.batch_size == 5
+    with pytest.raises(UserError, match=r"VERSION in .*low.yaml: 1 is not supported, only 2"):
+        load(f"--config={low}")
+
+
+def test_yaml_words_for_truth_are_texts_where_a_text_is_wanted(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("data: {shape: off}\n")
+    config = load("--config", str(tmp_path / "c.yaml"))
+    assert config.data.shape == "off"
+    (tmp_path / "d.yaml").write_text(to_yaml(config))
+    assert load("--config", str(tmp_path / "d.yaml")).data.shape == "off"
+
+
+def test_nested_lists_are_not_shared() -> None:
+    Data().pairs[0].append(9)
+    assert Data().pairs == [[1, 2]]
+
+
 def test_yaml_reads_an_exponent_without_a_dot_as_a_number(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("precision: {clip_grad: 1e-4}\n")
     assert load("--config", str(tmp_path / "c.yaml")).precision.clip_grad == 1e-4
@@ -103,6 +200,13 @@ def test_yaml_reads_an_exponent_without_a_dot_as_a_number(tmp_path: Path) -> Non
         (["--qqqqqq"], "--help lists what is known"),
         (["data.batchsize=3"], "did you mean data.batch_size?"),
         (["SOLVER.IMS_PER_BACH", "3"], "did you mean SOLVER.IMS_PER_BATCH?"),
+        (["VERSION", "1"], "VERSION: 1 is not supported, only 2."),
+        (["VERSIO", "2"], "did you mean VERSION?"),
+        (["INPUT.SIZES"], "INPUT.SIZES needs a value"),
+        (["INPUT.SIZES", "(3, 0)"], "data.sizes must be at least 1, but is 0"),
+        (["INPUT.SIZES", "(3, x)"], "data.sizes must be of type list"),
+        (["data.sizes=[3, 0]"], "data.sizes=[3, 0] must be at least 1, but is 0"),
+        (["data.pairs=[[.nan]]"], "data.pairs must be of type list"),
         (["stray"], "Unknown option 'stray'"),
         (["--batch_size"], "--batch_size needs a value"),
         (["--batch_size", "--seed=1"], "--batch_size needs a value"),
@@ -128,6 +232,9 @@ def test_a_wrong_command_line_is_named(words: list[str], said: str) -> None:
     ("text", "said"),
     [
         ("data: {batch_sise: 3}", "did you mean data.batch_size?"),
+        ("SOLVER: {IMS_PER_BACH: 3}", "did you mean SOLVER.IMS_PER_BATCH?"),
+        ("SOLVER: {IMS_PER_BATCH: 0}", "SOLVER.IMS_PER_BATCH in "),
+        ("VERSION: !!python/tuple [2]", "is not valid YAML"),
         ("data: {batch_size: [3]}", "data.batch_size must be of type int"),
         ("data: {batch_size: 3\n", "is not valid YAML"),
         ("- 1\n", "holds no mapping"),

@@ -11,14 +11,21 @@ A model's config is a dataclass of sections::
 and ``load_config(Config, argv, CARD_OPTIONS)`` gives a checked instance. OmegaConf merges; this
 module adds what a user needs beyond it: bounds, choices, option names, and errors that name the
 option as it was written. It imports no torch, so that help texts come at once.
+
+A name in CARD_OPTIONS that has no dashes (``SOLVER.MAX_ITER``) is a card key: another project's
+name for a setting. It is taken on the command line and in YAML, with that project's value forms:
+a text that is a Python literal, as ``"(1, 2)"``, means the literal.
 """
 
+import ast
+import copy
 import dataclasses
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +37,31 @@ from zoo_common.errors import UserError
 from zoo_common.options import Assignment, Option, is_true, nearest, parse
 
 T = TypeVar("T")
-BASE_KEY = "_base_"
+BASE_KEYS = ("_base_", "_BASE_")
+"""How a YAML file names the file that it builds on: our spelling, and detectron2's."""
+
+Given = Mapping[str, Any]
+"""The values of all card keys that a run was given, the last written one last."""
+
+
+@dataclass(frozen=True)
+class CardKey:
+    """Another project's name for settings of ours.
+
+    Attributes:
+        targets: the fields that it may set; none: a name that has the one meaning that we have.
+        read: from its value, and the values of all card keys, to fields and what they become.
+            It raises ValueError, with what is said behind the key, for a value without meaning.
+        literal: whether a text that is a Python literal means the literal.
+    """
+
+    targets: tuple[str, ...]
+    read: Callable[[Any, Given], Mapping[str, Any]]
+    literal: bool = True
+
+
+CardOptions = Mapping[str, str | tuple[str, ...] | CardKey]
+"""A model's own names, by name: a field, several ``field=value``, or a card key."""
 
 
 def setting(
@@ -49,12 +80,13 @@ def setting(
     Args:
         default: the value when nothing sets it; a list is copied for each instance.
         help: what it is, with its unit, in a few words.
-        at_least: smallest value allowed.
+        at_least: smallest value allowed, of a list: for each number in it.
         more_than: bound that the value must exceed.
         at_most: largest value allowed.
         choices: the only texts allowed.
-        kind: ``path`` for a file or directory, ``checkpoint`` for a weights file: the launcher
-            makes relative ones absolute and checks checkpoints.
+        kind: ``path`` for a file or directory, ``checkpoint`` for a weights file, ``weights`` for
+            one that may also be a bare name or an address: the launcher makes relative ones
+            absolute, checks checkpoints, and finds or fetches weights.
         bare: what the option means when it stands without a value (``--resume``).
     """
     metadata = {
@@ -67,7 +99,7 @@ def setting(
         "bare": bare,
     }
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -216,27 +248,50 @@ def fields_of(schema: type, prefix: str = "") -> list[Field]:
     return leaves
 
 
-def options_of(
-    schema: type, card_options: Mapping[str, str | tuple[str, ...]] | None = None
-) -> list[Option]:
+def options_of(schema: type, card_options: CardOptions | None = None) -> list[Option]:
     """The options of a model: the common ones whose field it has, and those of its card.
 
     Args:
         schema: the model's config dataclass.
-        card_options: option name to field (or to several ``field=value``), from the card.
+        card_options: the model's own names.
     """
     by_path = {field.path: field for field in fields_of(schema)}
-    known = {
+    known: CardOptions = {
         name: targets
         for name, targets in COMMON_OPTIONS.items()
         if all(target.partition("=")[0] in by_path for target in _as_tuple(targets))
     }
+    keys = _card_keys(card_options, by_path)
     table = {**known, **(card_options or {})}
-    return [_option(name, _as_tuple(targets), by_path) for name, targets in table.items()]
+    return [
+        Option(name, keys[name].targets, "key")
+        if name in keys
+        else _option(name, _as_tuple(targets), by_path)
+        for name, targets in table.items()
+    ]
 
 
-def _as_tuple(targets: str | tuple[str, ...]) -> tuple[str, ...]:
+def _as_tuple(targets: str | tuple[str, ...] | CardKey) -> tuple[str, ...]:
+    if isinstance(targets, CardKey):
+        return targets.targets
     return (targets,) if isinstance(targets, str) else targets
+
+
+def _card_keys(
+    card_options: CardOptions | None, by_path: Mapping[str, Field]
+) -> dict[str, CardKey]:
+    keys = {}
+    for name, entry in (card_options or {}).items():
+        if isinstance(entry, CardKey):
+            keys[name] = entry
+        elif isinstance(entry, str) and not name.startswith("--"):
+            literal = by_path[entry].type is not str
+            keys[name] = CardKey((entry,), partial(_as_it_is, entry), literal)
+    return keys
+
+
+def _as_it_is(path: str, value: Any, given: Given) -> Mapping[str, Any]:
+    return {path: value}
 
 
 def _option(name: str, targets: tuple[str, ...], by_path: Mapping[str, Field]) -> Option:
@@ -252,14 +307,14 @@ def _option(name: str, targets: tuple[str, ...], by_path: Mapping[str, Field]) -
 def load_config(
     schema: type[T],
     argv: Sequence[str],
-    card_options: Mapping[str, str | tuple[str, ...]] | None = None,
+    card_options: CardOptions | None = None,
 ) -> T:
     """Reads ``--config FILE`` and options into a checked config.
 
     Args:
         schema: the model's config dataclass.
         argv: the command line without the program's name.
-        card_options: the model's own option names, see :func:`options_of`.
+        card_options: the model's own names.
 
     Raises:
         UserError: a file that cannot be read, an unknown key, a value of the wrong type or out
@@ -269,7 +324,7 @@ def load_config(
     files = [] if file is None else [file]
     paths = [field.path for field in fields_of(schema)]
     assignments = parse(words, options_of(schema, card_options), paths)
-    return build_config(schema, files, assignments)
+    return build_config(schema, files, assignments, card_options)
 
 
 def take_config_file(words: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -293,25 +348,34 @@ def take_config_file(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     return None, rest
 
 
-def build_config(schema: type[T], files: Iterable[Path], assignments: Iterable[Assignment]) -> T:
+def build_config(
+    schema: type[T],
+    files: Iterable[Path],
+    assignments: Iterable[Assignment],
+    card_options: CardOptions | None = None,
+) -> T:
     """Merges the schema's defaults, YAML files and assignments, later ones winning.
 
     Raises:
         UserError: as :func:`load_config`.
     """
     by_path = {field.path: field for field in fields_of(schema)}
+    keys = _card_keys(card_options, by_path)
+    entries = _entries(files, assignments)
+    for name, entry in entries.items():
+        if name not in by_path and name not in keys:
+            raise UserError(_unknown_setting(name, entry.origin, by_path, keys))
+    given = {
+        name: _literal(entry.value) if keys[name].literal else entry.value
+        for name, entry in entries.items()
+        if name in keys
+    }
     written: dict[str, str] = {}
     merged = OmegaConf.structured(schema)
-    for file in files:
-        for path, value in _flatten(read_yaml(file)):
-            origin = f"{path} in {file}"
-            _set(merged, _known(path, by_path, origin), value, origin)
-            written[path] = origin
-    for assignment in assignments:
-        field = by_path[assignment.path]
-        value = _from_text(field, assignment.text, assignment.written)
-        _set(merged, field, value, assignment.written)
-        written[field.path] = assignment.written
+    for name, entry in entries.items():
+        for path, value in _read(name, entry, by_path, keys, given):
+            _set(merged, by_path[path], value, entry.origin)
+            written[path] = entry.origin
     for field in by_path.values():
         value = OmegaConf.select(merged, field.path)
         _check_bounds(field, value, written.get(field.path, field.path))
@@ -319,19 +383,95 @@ def build_config(schema: type[T], files: Iterable[Path], assignments: Iterable[A
     return built
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """What a file or a command line says of a name; ``origin`` is how messages call it."""
+
+    value: Any
+    origin: str
+    is_text: bool = False
+
+
+def _entries(files: Iterable[Path], assignments: Iterable[Assignment]) -> dict[str, _Entry]:
+    """All that was written, by name; of several entries the last, at its place in the order."""
+    entries: dict[str, _Entry] = {}
+
+    def put(name: str, entry: _Entry) -> None:
+        entries.pop(name, None)
+        entries[name] = entry
+
+    for file in files:
+        for layer, tree in _layers(file):
+            for name, value in flatten(tree):
+                put(name, _Entry(value, f"{name} in {layer}"))
+    for assignment in assignments:
+        put(assignment.path, _Entry(assignment.text, assignment.written, is_text=True))
+    return entries
+
+
+def _read(
+    name: str,
+    entry: _Entry,
+    by_path: Mapping[str, Field],
+    keys: Mapping[str, CardKey],
+    given: Given,
+) -> Iterable[tuple[str, Any]]:
+    """The fields that an entry sets, and to what."""
+    if name not in keys:
+        value = entry.value
+        return [(name, _from_text(by_path[name], value, entry.origin) if entry.is_text else value)]
+    try:
+        return keys[name].read(given[name], given).items()
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{entry.origin}: {error}") from error
+
+
+def _literal(value: Any) -> Any:
+    """The literal that a text may stand for, or the value itself; tuples become lists."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return _with_lists(ast.literal_eval(value.strip()))
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _with_lists(value: Any) -> Any:
+    return [_with_lists(item) for item in value] if isinstance(value, tuple | list) else value
+
+
 def to_yaml(config: Any) -> str:
     """The resolved config as YAML, every field present."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
-def read_yaml(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
     """Reads a YAML mapping; ``_base_: other.yaml`` names a file that it builds on.
 
     Raises:
         UserError: the file is absent, not YAML, not a mapping, or its bases form a circle.
     """
+    content: dict[str, Any] = {}
+    for _, tree in _layers(file):
+        content = _merged(content, tree)
+    return content
+
+
+def _layers(file: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """A file and those that it builds on, the lowest first."""
     if file.resolve() in seen:
-        raise UserError(f"{file} is its own {BASE_KEY}: remove the circle.")
+        raise UserError(f"{file} is its own {BASE_KEYS[0]}: remove the circle.")
+    loaded = _load_yaml(file)
+    bases = [str(loaded.pop(key)) for key in BASE_KEYS if loaded.get(key)]
+    below: list[tuple[Path, dict[str, Any]]] = []
+    for base in bases:
+        below += _layers(file.parent / Path(base).expanduser(), (*seen, file.resolve()))
+    return [*below, (file, loaded)]
+
+
+def _load_yaml(file: Path) -> dict[str, Any]:
     try:
         loaded = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:
@@ -343,11 +483,7 @@ def read_yaml(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         loaded = {}
     if not isinstance(loaded, dict):
         raise UserError(f"The config {file} holds no mapping of sections, but {loaded!r:.60}.")
-    base = loaded.pop(BASE_KEY, None)
-    if base is None:
-        return loaded
-    below = read_yaml(file.parent / str(base), (*seen, file.resolve()))
-    return _merged(below, loaded)
+    return loaded
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -358,20 +494,21 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """The leaves of nested mappings, with dotted names."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def _known(path: str, by_path: Mapping[str, Field], origin: str) -> Field:
-    if path in by_path:
-        return by_path[path]
-    guess = nearest(path, by_path)
+def _unknown_setting(
+    name: str, origin: str, by_path: Mapping[str, Field], keys: Mapping[str, CardKey]
+) -> str:
+    guess = nearest(name, [*by_path, *keys])
     hint = f"did you mean {guess}?" if guess else f"known are {', '.join(sorted(by_path))}."
-    raise UserError(f"Unknown setting {origin}: {hint}")
+    return f"Unknown setting {origin}: {hint}"
 
 
 def _from_text(field: Field, text: str, written: str) -> Any:
@@ -401,10 +538,13 @@ def _plain(hint: Any) -> Any:
 def _set(merged: Any, field: Field, value: Any, origin: str) -> None:
     if isinstance(value, str):
         value = value.replace("${", "\\${")  # a path may hold what OmegaConf would interpolate
+    elif isinstance(value, bool) and "on" in field.metadata.get("choices", ()):
+        value = "on" if value else "off"  # YAML takes these words for truth values
     try:
         OmegaConf.update(merged, field.path, value)
     except (omegaconf.errors.OmegaConfBaseException, ValueError, TypeError) as error:
-        wanted = getattr(_plain(field.type), "__name__", str(field.type))
+        plain = _plain(field.type)
+        wanted = str(plain) if typing.get_origin(plain) else plain.__name__
         raise UserError(
             f"{origin}: {field.path} must be of type {wanted}, but got {value!r}."
         ) from error
@@ -418,6 +558,9 @@ def _check_bounds(field: Field, value: Any, origin: str) -> None:
         hint = f" (did you mean {guess}?)" if guess else ""
         allowed = ", ".join(meta["choices"])
         raise UserError(f"{name} must be one of {allowed}, but is {value!r}{hint}.")
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        for item in value:
+            _check_bounds(field, item, origin)
     if not isinstance(value, int | float) or isinstance(value, bool):
         return
     if value != value or value in (float("inf"), float("-inf")):

@@ -74,6 +74,7 @@ def _launch(model: Model, name: str, spec: RunSpec, words: list[str]) -> int:
     if run.resume == "last" and config.launch.node_rank == 0:
         preflight.check_checkpoint_file(directory / "checkpoints" / "last.pth", "--resume")
     preflight.check_data(spec, config)
+    preflight.fetch_weights(model, config)
     place = preflight.place(spec, config)
     run.device = place.device
     with outputs.occupy(directory, keep=bool(run.resume)) as aside:
@@ -152,14 +153,12 @@ def _result(directory: Path, outcome: "Outcome") -> dict[str, Any]:
 
 def _complete(result: dict[str, Any], config: Any, place: "Place") -> dict[str, Any]:
     """A result with every key, whatever happened."""
-    batch_size = config.data.batch_size
     empty = {
         "metric": None,
         "metrics": {},
         "throughput": None,
         "final_loss": None,
-        "batch_size": batch_size,
-        "global_batch": batch_size * place.world_size,
+        "batch_size": config.data.batch_size,
         "world_size": place.world_size,
         "nnodes": place.nnodes,
     }
@@ -225,8 +224,9 @@ def _help(model: Model, name: str, spec: RunSpec) -> str:
     ]
     for option in model.options():
         path = option.targets[0].partition("=")[0]
-        note = ", ".join(option.targets) if option.kind == "flag" else by_path[path].help
-        default = "" if option.kind == "flag" else _default(config, path)
+        named = option.kind in ("flag", "key")  # said by what it sets
+        note = ", ".join(option.targets) if named else by_path[path].help
+        default = "" if named else _default(config, path)
         lines.append(f"  {option.name:22} {note}{default}")
     lines.append("\nAny setting of the config (section.field=VALUE):")
     lines += [_setting_line(item, config) for item in by_path.values()]

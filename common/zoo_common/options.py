@@ -29,7 +29,9 @@ class Option:
         targets: ``section.field`` (set to the option's value) or ``section.field=value`` (a
             flag that sets that value).
         kind: ``value`` needs a value, ``flag`` takes none, ``switch`` is a truth value that may
-            be left out (true), ``optional`` has a value that may be left out (``bare``).
+            be left out (true), ``optional`` has a value that may be left out (``bare``),
+            ``key`` needs a value, and its name is what is assigned to: another project's name,
+            which the config translates.
         bare: what an ``optional`` option without a value means.
     """
 
@@ -41,7 +43,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Assignment:
-    """One field and the text to set it to; ``written`` is what the user typed, for messages."""
+    """A field or key and the text to set it to; ``written`` is what the user typed."""
 
     path: str
     text: str
@@ -117,6 +119,8 @@ def _value_of(option: Option, given: str | None, rest: list[str]) -> str:
 
 
 def _assignments(option: Option, text: str, written: str) -> list[Assignment]:
+    if option.kind == "key":
+        return [Assignment(option.name, text, written)]
     result = []
     for target in option.targets:
         path, equals, constant = target.partition("=")

@@ -359,13 +359,14 @@ class Run:
 
         Args:
             state: the training state, when this was a training run.
-            batch_size: images per process and step.
+            batch_size: what the user gives as ``--batch_size``.
         """
         self._log.close()
         self._signals.restore()
         if self.processes.local_rank != 0:
             return  # one a machine: the launchers of all machines tell how the run ended
         config, launch = self.config, self.config.launch
+        world_size = self.processes.world_size
         steps = state.step if state else 0
         metric = None
         if self._metric.name in self._scores and not self.interrupted:
@@ -380,8 +381,8 @@ class Run:
             "steps": steps,
             "epochs": round(state.epoch, 4) if state else 0,
             "batch_size": batch_size,
-            "global_batch": batch_size * self.processes.world_size,
-            "world_size": self.processes.world_size,
+            "global_batch": state.global_batch if state else batch_size * world_size,
+            "world_size": world_size,
             "nnodes": launch.nnodes,
             "device": devices.describe(self.device),
             "precision": state.precision.describe() if state else config.precision.opt_level,

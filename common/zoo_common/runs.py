@@ -3,7 +3,7 @@
 ``test/runs.yaml``::
 
     network: Twins-ALTGVT-S         # the name in reports
-    package: twins                  # <package>.config holds Config and CARD_OPTIONS
+    package: twins                  # <package>.config holds Config, CARD_OPTIONS, maybe check
     runs:
       train_full_8p:                # one for each test/<run>.sh
         help: ...
@@ -14,12 +14,12 @@
         layout: imagenet            # what --data_path must look like
         settings: {data.batch_size: 128}
         required: [weights.finetune]                # settings that the user must give
-        score: {metric: top1, at_least: 85.0}   # what ci/smoke.sh asserts, if anything
+        score: {top1: 85.0}         # least metrics, which ci/smoke.sh asserts
 """
 
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from zoo_common.config import (
+    CardOptions,
     Field,
     build_config,
     fields_of,
@@ -42,14 +43,6 @@ KINDS = ("acc", "perf", "eval")
 
 
 @dataclass
-class Score:
-    """The smallest score that a run must reach to count as good."""
-
-    metric: str = ""
-    at_least: float = 0.0
-
-
-@dataclass
 class RunSpec:
     """One run of a model directory, see the module's docstring."""
 
@@ -61,7 +54,7 @@ class RunSpec:
     layout: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     required: list[str] = field(default_factory=list)
-    score: Score = field(default_factory=Score)
+    score: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -79,7 +72,10 @@ class Model:
     network: str
     runs: Mapping[str, RunSpec]
     schema: type
-    card_options: Mapping[str, str | tuple[str, ...]]
+    card_options: CardOptions
+    check: Callable[[Any, int, str], None] | None = None
+    """Tells, before anything starts, a config whose settings do not fit one another, from the
+    config, the number of processes on all machines, and the run's kind."""
 
     def run(self, name: str) -> RunSpec:
         """The run of that name.
@@ -94,7 +90,10 @@ class Model:
         raise UserError(f"{self.network} has no run {name!r}: {hint}")
 
     def options(self) -> list[Option]:
-        """The options that every run of this model takes."""
+        """The options that every run of this model takes, and that set something."""
+        return [option for option in self._words() if option.targets]
+
+    def _words(self) -> list[Option]:
         return options_of(self.schema, self.card_options)
 
     def fields(self) -> list[Field]:
@@ -123,8 +122,13 @@ class Model:
         if device_id:
             own.append(Assignment("run.device_id", device_id, "ASCEND_DEVICE_ID"))
         paths = [item.path for item in self.fields()]
-        given = parse(rest, self.options(), paths)
-        return build_config(self.schema, [file or self.directory / spec.config], own + given)
+        given = parse(rest, self._words(), paths)
+        chosen = file or self.directory / spec.config
+        config: Any = build_config(self.schema, [chosen], own + given, self.card_options)
+        if self.check is not None:
+            launch = config.launch
+            self.check(config, (launch.processes or spec.devices) * launch.nnodes, spec.kind)
+        return config
 
 
 def load(directory: Path) -> Model:
@@ -147,4 +151,11 @@ def load(directory: Path) -> Model:
     if str(directory) not in sys.path:
         sys.path.insert(0, str(directory))
     module = importlib.import_module(f"{content.package}.config")
-    return Model(directory, content.network, content.runs, module.Config, module.CARD_OPTIONS)
+    return Model(
+        directory,
+        content.network,
+        content.runs,
+        module.Config,
+        module.CARD_OPTIONS,
+        getattr(module, "check", None),
+    )
