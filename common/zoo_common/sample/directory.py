@@ -134,7 +134,12 @@ def _is_complete(target: Path, expected: dict[str, Any]) -> bool:
 def _count_files(folder: Path) -> int:
     try:
         with os.scandir(folder) as entries:
-            return sum(1 for _ in entries)
+            # Caches that a data set's reader puts beside the files are none of them.
+            return sum(
+                1
+                for entry in entries
+                if not entry.name.startswith(".") and not entry.name.endswith(".zoo-cache")
+            )
     except FileNotFoundError:
         return 0
 

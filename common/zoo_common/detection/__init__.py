@@ -1,0 +1,1 @@
+"""What COCO or geometry defines: annotations, boxes, masks, operators, batches, evaluation."""
