@@ -17,13 +17,15 @@ import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from zoo_common.errors import TrainingError, UserError
+
+T = TypeVar("T")
 
 FORMAT = 1
 _MODEL_KEYS = ("model", "state_dict", "model_state_dict")
@@ -91,9 +93,9 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"The checkpoint {path} holds no dict of weights, but a {type(content)}.")
     for key in _MODEL_KEYS:
         if isinstance(content.get(key), dict):
-            return {**content, "model": _without_prefix(content[key])}
+            return {**content, "model": without_prefix(content[key])}
     if content and all(isinstance(value, Tensor) for value in content.values()):
-        return {"model": _without_prefix(content)}
+        return {"model": without_prefix(content)}
     raise UserError(
         f"The checkpoint {path} holds no weights: it has the keys {', '.join(map(str, content))}."
     )
@@ -195,7 +197,7 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
         torch.get_device_module(device).set_rng_state(state["device"], device)
 
 
-def _without_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_prefix(weights: Mapping[str, T]) -> dict[str, T]:
     """Drops ``module.``, which DistributedDataParallel puts before every key."""
     if weights and all(key.startswith("module.") for key in weights):
         return {key.removeprefix("module."): value for key, value in weights.items()}

@@ -1,18 +1,21 @@
 """What is checked before any process starts, cheap checks first."""
 
+import contextlib
+import importlib
 import os
 import socket
 import sys
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 from rich.progress import Progress
 
-from zoo_common import layouts
+from zoo_common import download, layouts, pickles
 from zoo_common.errors import UserError
 from zoo_common.runs import Model, RunSpec
 
@@ -50,17 +53,22 @@ def absolute_paths(model: Model, config: Any, caller: Path) -> None:
     directory, from where the original's scripts started.
     """
     for item in model.fields():
-        if item.metadata.get("kind") not in ("path", "checkpoint"):
+        kind = item.metadata.get("kind")
+        if kind not in ("path", "checkpoint", "weights"):
             continue
         *sections, name = item.path.split(".")
         holder = _at(config, sections)
         value = getattr(holder, name)
         if value in ("", item.metadata.get("bare"), *layouts.MADE):
             continue
+        if kind == "weights" and "://" in value:
+            continue
         path = caller / Path(value).expanduser()
         fallback = model.directory / value
         if not path.exists() and fallback.exists():
             path = fallback
+        if kind == "weights" and Path(value).name == value and not path.is_file():
+            continue  # a bare name, which fetch_weights looks for
         setattr(holder, name, str(path))
 
 
@@ -87,7 +95,19 @@ def check_data(spec: RunSpec, config: Any) -> None:
         def show(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total, visible=True)
 
-        config.data.path = str(layouts.resolve(spec.layout, config.data.path, show))
+        files = _coco_files(spec, config.data) if spec.layout == "coco" else None
+        config.data.path = str(layouts.resolve(spec.layout, config.data.path, show, files))
+
+
+def _coco_files(spec: RunSpec, data: Any) -> layouts.CocoFiles:
+    """What a run reads of a COCO data set; an evaluation needs nothing to train on."""
+    evaluates = spec.kind == "eval"
+    return layouts.CocoFiles(
+        None if evaluates else data.train_json,
+        None if evaluates else data.train_images,
+        data.val_json,
+        data.val_images,
+    )
 
 
 def check_weights(model: Model, config: Any) -> None:
@@ -99,11 +119,63 @@ def check_weights(model: Model, config: Any) -> None:
         if item.path == "run.resume" and config.launch.node_rank:
             continue
         value = _at(config, item.path.split("."))
-        if item.metadata.get("kind") == "checkpoint" and value not in (
-            "",
-            item.metadata.get("bare"),
-        ):
+        kind = item.metadata.get("kind")
+        named = kind == "checkpoint" or (kind == "weights" and not _to_be_found(value))
+        if named and value not in ("", item.metadata.get("bare")):
             check_checkpoint_file(Path(value), item.path)
+
+
+def fetch_weights(model: Model, config: Any) -> None:
+    """Finds or downloads, in place, the files that the settings of kind ``weights`` name.
+
+    Such a setting holds a path, a bare name or a public address. Its section may have the
+    settings ``url`` and ``sha256``. Where no address is given, the package's config module may
+    know the published one by the file's name, in ``WEIGHT_ADDRESSES``. A download goes beside
+    the data set, so this comes after :func:`check_data`.
+
+    Raises:
+        UserError: the file is nowhere and cannot be had, or is not what it should be.
+    """
+    if config.run.resume:
+        return  # the checkpoint has all weights
+    module = importlib.import_module(model.schema.__module__)
+    addresses: Mapping[str, str] = getattr(module, "WEIGHT_ADDRESSES", {})
+    data_path = Path(config.data.path) if config.data.path else None
+    for item in model.fields():
+        *sections, name = item.path.split(".")
+        holder = _at(config, sections)
+        value = getattr(holder, name)
+        if item.metadata.get("kind") != "weights" or not value:
+            continue
+        with _showing(f"{item.path}: downloading {value}") as show:
+            path = download.find_or_fetch(
+                value,
+                data_path,
+                getattr(holder, "url", "") or addresses.get(value, ""),
+                getattr(holder, "sha256", ""),
+                show,
+                model_directory=model.directory,
+                check=partial(check_checkpoint_file, setting=item.path),
+            )
+        check_checkpoint_file(path, item.path)
+        setattr(holder, name, str(path))
+
+
+@contextlib.contextmanager
+def _showing(what: str) -> Iterator[download.Progress]:
+    """A line when a download begins and, on a terminal, a bar while it lasts."""
+    begun = False
+    with Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
+        task = progress.add_task(what, total=None, visible=False)
+
+        def show(done: int, total: int) -> None:
+            nonlocal begun
+            if not begun:
+                begun = True
+                print(what, flush=True)
+            progress.update(task, completed=done, total=total or None, visible=True)
+
+        yield show
 
 
 def follow_checkpoints(model: Model, config: Any, before: Path, after: Path) -> None:
@@ -111,15 +183,16 @@ def follow_checkpoints(model: Model, config: Any, before: Path, after: Path) -> 
     for item in model.fields():
         *sections, name = item.path.split(".")
         holder = _at(config, sections)
-        if item.metadata.get("kind") != "checkpoint" or not getattr(holder, name):
+        kind, value = item.metadata.get("kind"), getattr(holder, name)
+        if kind not in ("checkpoint", "weights") or not value or _to_be_found(value):
             continue
-        path = Path(getattr(holder, name)).resolve()
+        path = Path(value).resolve()
         if path.is_relative_to(before.resolve()):
             setattr(holder, name, str(after / path.relative_to(before.resolve())))
 
 
 def check_checkpoint_file(file: Path, setting: str) -> None:
-    """Tells a missing, truncated or foreign checkpoint file without reading its weights.
+    """Tells a missing, truncated or foreign checkpoint file, a pickle that runs code among them.
 
     Raises:
         UserError: naming the file and the setting.
@@ -127,11 +200,14 @@ def check_checkpoint_file(file: Path, setting: str) -> None:
     if not file.is_file():
         raise UserError(f"{setting}: there is no checkpoint file {file}.")
     with file.open("rb") as stream:
-        magic = stream.read(4)
-    if magic[:2] == b"\x80\x02":
+        head = stream.read(16)
+    if pickles.is_pickle(head):
+        pickles.load_arrays(file)
+        return
+    if head[:1] == b"\x80":
         return  # the format of torch before 1.6: only the restricted loader can judge it
-    if magic[:2] != b"PK" or not zipfile.is_zipfile(file):
-        what = "is truncated" if magic[:2] == b"PK" else "is no PyTorch checkpoint"
+    if head[:2] != b"PK" or not zipfile.is_zipfile(file):
+        what = "is truncated" if head[:2] == b"PK" else "is no PyTorch checkpoint"
         raise UserError(f"{setting}: {file} {what}; give a whole .pth file.")
 
 
@@ -204,6 +280,11 @@ def _free_port(port: int) -> int:
             ) from error
         free: int = probe.getsockname()[1]
         return free
+
+
+def _to_be_found(value: str) -> bool:
+    """Whether a weights setting holds a bare name or an address, for :func:`fetch_weights`."""
+    return not Path(value).is_absolute()
 
 
 def _at(config: Any, names: Iterable[str]) -> Any:
