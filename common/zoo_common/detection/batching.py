@@ -85,6 +85,21 @@ class DetectionBatch(NamedTuple):
             originals_B2=move(self.originals_B2),
         )
 
+    def chunk(self, parts: int) -> list[DetectionBatch]:
+        """The batch in parts of equal size; the extent is that of the whole."""
+        size = len(self.item_ids) // parts
+        whole = ("extent_2", "damaged", "ring_slots")
+        each = {name: value for name, value in self._asdict().items() if name not in whole}
+        return [
+            self._replace(
+                **{
+                    name: None if value is None else value[first : first + size]
+                    for name, value in each.items()
+                }
+            )
+            for first in range(0, size * parts, size)
+        ]
+
 
 @dataclass(frozen=True)
 class StaticShapes:
