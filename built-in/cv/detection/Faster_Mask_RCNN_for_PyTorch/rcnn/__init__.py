@@ -1,0 +1,1 @@
+"""Faster_Mask_RCNN_for_PyTorch."""

@@ -1,0 +1,100 @@
+"""Training steps as an accelerator runs them, for ``tools/check_static.py``."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rcnn.config import Config
+from rcnn.model import build_model
+from rcnn.recipe import build_optimizer, set_lr
+from zoo_common.amp import Precision
+from zoo_common.detection.batching import DetectionBatch
+
+BUCKETS = ((96, 128), (128, 96), (128, 160), (160, 128))
+CLASSES, SLOTS, EDGES, RINGS = 5, 8, 16, 2
+
+
+def build(device: torch.device) -> Callable[[int], object]:
+    """A narrow Mask R-CNN; call ``i`` trains a step on images of sizes that step alone has."""
+    config = narrow_config()
+    torch.manual_seed(0)
+    model = build_model(config, CLASSES, static_shapes=True).to(device)
+    optimizer = build_optimizer(model, config.solver)
+    precision = Precision(config.precision, model, optimizer, device)
+
+    def step(index: int) -> Tensor:
+        batch = draw_batch(index, images=2).to(device)
+        set_lr(optimizer, index, config.solver)
+        with precision.autocast(model):
+            losses = model(batch)
+        total = torch.stack(list(losses.values())).sum()
+        precision.step(total)
+        return total
+
+    return step
+
+
+def narrow_config() -> Config:
+    """Mask R-CNN with few channels and samples, otherwise as published."""
+    config = Config()
+    config.model.stem_channels = 8
+    config.model.res2_channels = 32
+    config.model.width_per_group = 8
+    config.model.fpn_channels = 16
+    config.anchors.sizes = [[8.0], [16.0], [32.0], [64.0], [128.0]]
+    config.rpn.samples = 64
+    config.rpn.pre_nms_train = config.rpn.pre_nms_test = 100
+    config.rpn.post_nms_train = config.rpn.post_nms_test = 50
+    config.roi.samples = 32
+    config.roi.detections = 12
+    config.box_head.fc_dim = 32
+    config.box_head.sampling_ratio = config.mask_head.sampling_ratio = 2
+    config.mask_head.conv_dim = 16
+    config.solver.base_lr = 1e-3
+    config.solver.warmup_iters = 0
+    return config
+
+
+def draw_batch(seed: int, images: int, bucket: tuple[int, int] | None = None) -> DetectionBatch:
+    """Noise with boxes and their diamonds as masks, sizes and counts drawn anew for each seed."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = bucket or BUCKETS[seed % len(BUCKETS)]
+
+    def integers(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    sizes_B2 = torch.stack(
+        [integers(height - 40, height + 1, images), integers(width - 40, width + 1, images)], dim=1
+    )
+    images_BCHW = integers(0, 256, images, 3, height, width).to(torch.uint8)
+    valid_BQ = torch.arange(SLOTS) < integers(0, SLOTS + 1, images, 1)
+    limit_B12 = sizes_B2.flip(1)[:, None].float()
+    corner_BQ2 = torch.rand(images, SLOTS, 2, generator=generator) * (limit_B12 - 20)
+    side_BQ2 = torch.rand(images, SLOTS, 2, generator=generator) * 60 + 8
+    boxes_BQ4 = torch.cat([corner_BQ2, (corner_BQ2 + side_BQ2).minimum(limit_B12)], dim=2)
+    boxes_BQ4 = boxes_BQ4 * valid_BQ[..., None]
+    x0, y0, x1, y1 = boxes_BQ4.unbind(2)
+    middle_x, middle_y = (x0 + x1) / 2, (y0 + y1) / 2
+    corners_BQ42 = torch.stack(
+        [middle_x, y0, x1, middle_y, middle_x, y1, x0, middle_y], dim=2
+    ).unflatten(2, (4, 2))
+    edges_BQE4 = torch.zeros(images, SLOTS, EDGES, 4)
+    edges_BQE4[:, :, :4] = torch.cat([corners_BQ42, corners_BQ42.roll(-1, 2)], dim=3)
+    rings_BQE = torch.full((images, SLOTS, EDGES), -1)
+    rings_BQE[:, :, :4] = torch.where(valid_BQ, 0, -1)[..., None]
+    return DetectionBatch(
+        images_BCHW=images_BCHW,
+        sizes_B2=sizes_B2,
+        extent_2=-(-sizes_B2.amax(dim=0) // 32) * 32,
+        boxes_BQ4=boxes_BQ4,
+        labels_BQ=integers(0, CLASSES, images, SLOTS),
+        valid_BQ=valid_BQ,
+        edges_BQE4=edges_BQE4,
+        rings_BQE=rings_BQE,
+        image_ids_B=torch.arange(images),
+        item_ids=[f"{seed}-{image}" for image in range(images)],
+        damaged=[],
+        originals_B2=sizes_B2,
+        ring_slots=RINGS,
+    )
