@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 TWINS = "contrib/cv/classification/Twins-ALTGVT-S"
-RUN = """#!/usr/bin/env bash
+RUN = r"""#!/usr/bin/env bash
 # Stands for a training: leaves the score in a result.json, or fails.
 set -euo pipefail
 for word in "$@"; do [[ $word != --output_dir=* ]] || output=${word#*=}; done
 mkdir -p "$output"
-echo '{"status": "completed", "metrics": {"top1": '"$SCORE"'}}' > "$output/result.json"
+printf '{"status": "completed", "metrics": {"top1": %s, "box_AP50": %s, "mask_AP50": %s}}' \
+    "$SCORE" "$SCORE" "${MASK_SCORE-$SCORE}" > "$output/result.json"
 exit "${RUN_CODE-0}"
 """
 
@@ -20,7 +21,7 @@ exit "${RUN_CODE-0}"
 @pytest.fixture
 def zoo(copy: Path, stub_venv: Path) -> Path:
     """A copy whose smoke runs are stubs."""
-    for script in (copy / TWINS / "test").glob("train_*.sh"):
+    for script in copy.glob("*/**/test/train_*.sh"):
         script.write_text(RUN)
     return copy
 
@@ -39,6 +40,7 @@ def test_every_run_with_a_score_runs_and_passes(zoo: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "train_smoke_1p: top1 99.50 reaches 85" in done.stdout
     assert "train_smoke_2p: top1 99.50 reaches 85" in done.stdout
+    assert "train_smoke_1p: mask_AP50 99.50 reaches 50" in done.stdout
     assert "train_full_8p" not in done.stdout
     assert done.stdout.splitlines()[-1].endswith(" passed, 0 failed")
 
@@ -50,6 +52,14 @@ def test_a_low_score_fails(zoo: Path) -> None:
     assert "0 passed" in done.stdout.splitlines()[-1]
 
 
+def test_each_score_of_a_run_counts(zoo: Path) -> None:
+    done = smoke(zoo, "rcnn", SCORE="99.5", MASK_SCORE="20")
+    assert done.returncode == 1
+    assert "train_smoke_1p: box_AP50 99.50 reaches 50" in done.stdout
+    assert "train_smoke_1p: mask_AP50 20.00 is below 50" in done.stdout
+    assert done.stdout.splitlines()[-1] == "smoke: 1 passed, 2 failed"
+
+
 def test_a_failed_run_fails_whatever_it_left(zoo: Path) -> None:
     done = smoke(zoo, "twins", SCORE="99.5", RUN_CODE="3")
     assert done.returncode == 1
@@ -59,4 +69,4 @@ def test_a_failed_run_fails_whatever_it_left(zoo: Path) -> None:
 def test_an_unknown_model_is_told(zoo: Path) -> None:
     done = smoke(zoo, "twin", SCORE="99.5")
     assert done.returncode == 2
-    assert "there is: twins" in done.stderr
+    assert "there is: rcnn, twins" in done.stderr

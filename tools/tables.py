@@ -161,12 +161,16 @@ def _record_cells(name: str | None, records: Mapping[str, Mapping[str, Any]]) ->
 
 
 def score_text(record: Mapping[str, Any]) -> str | None:
-    """The score of a record with its name and unit."""
+    """The score of a record, and that of its masks where it has one, with names and unit."""
     metric = record.get("metric")
     if not metric:
         return None
     unit = {"percent": "%"}.get(metric["unit"], metric["unit"])
-    return f"{metric['name']} {metric['value']:.2f} {unit}"
+    scores = {metric["name"]: metric["value"]}
+    scores |= {
+        name: value for name, value in record.get("metrics", {}).items() if name == "mask_AP"
+    }
+    return ", ".join(f"{name} {value:.2f} {unit}" for name, value in scores.items())
 
 
 def read_records(model: ModelDir) -> dict[str, dict[str, Any]]:
