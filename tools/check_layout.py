@@ -67,7 +67,7 @@ LEVELS = {
     "PerfStatus": {"PERFECT", "OK", "POK", "NOK"},
 }
 LOG_TOOLS = re.compile(r"\b(sed|awk|grep)\b")
-URL = re.compile(r"https?://[^\s)>\]\"'`|,]+")
+URL = re.compile(r"https?://(?!127\.0\.0\.1)[^\s)>\]\"'`|,]+")
 HOME_PATH = re.compile(r"(?<![\w.])/(?:home/[\w.-]+|Users/[\w.-]+|root)/")
 ABSOLUTE_PATH = re.compile(r"(?:^|[\s=:'\"(])/[\w.-]+/")
 
@@ -265,9 +265,10 @@ def check_requirements(model: ModelDir) -> Findings:
     if not file.is_file():
         return
     match = re.search(
-        r"^dependencies = \[(.*?)\]", project.read_text(encoding="utf-8"), re.M | re.S
+        r"^dependencies = \[(.*?)\]$", project.read_text(encoding="utf-8"), re.M | re.S
     )
-    wanted = set(re.findall(r'"([^"]+)"', match[1] if match else "")) - {"zoo-common"}
+    named = re.findall(r'"([^"]+)"', match[1] if match else "")
+    wanted = {name for name in named if not name.startswith("zoo-common")}
     lines = {line.strip() for line in file.read_text(encoding="utf-8").splitlines()}
     listed = {line for line in lines if line and not line.startswith(("#", "-"))}
     for name in sorted(wanted ^ listed):

@@ -98,6 +98,22 @@ def test_a_batch_goes_to_its_device_whole_but_for_the_ids() -> None:
     assert collate(entry(1, 40, 70, 5), masks=False).to(DEVICE).edges_BQE4 is None
 
 
+@pytest.mark.parametrize("masks", [True, False])
+def test_parts_of_a_batch_hold_its_images_in_order(masks: bool) -> None:
+    batch = collate(*[entry(n, 40 + n, 70, 5, 3) for n in range(4)], masks=masks)
+    parts = batch.chunk(2)
+    assert [part.item_ids for part in parts] == [["0.jpg", "1.jpg"], ["2.jpg", "3.jpg"]]
+    for name in ("images_BCHW", "sizes_B2", "boxes_BQ4", "valid_BQ", "edges_BQE4", "image_ids_B"):
+        values = [getattr(part, name) for part in parts]
+        whole = getattr(batch, name)
+        if whole is None:
+            assert values == [None, None]
+        else:
+            assert torch.equal(torch.cat(values), whole)
+    assert all(part.extent_2 is batch.extent_2 for part in parts)
+    assert batch.chunk(1)[0].item_ids == batch.item_ids
+
+
 def test_empty_batches_and_images_have_slots() -> None:
     nothing = collate()
     assert nothing.images_BCHW.shape == (0, 3, 32, 32)

@@ -476,6 +476,15 @@ def _module(device: torch.device) -> Any:
     return torch.get_device_module(device)
 
 
+def memory_format(device: torch.device) -> torch.memory_format:
+    """The order in memory of images and convolution weights that a device is quickest with.
+
+    Channels last on CPUs and GPUs. NPUs have layouts of their own, which start from the
+    contiguous one.
+    """
+    return torch.contiguous_format if device.type == "npu" else torch.channels_last
+
+
 def synchronize(device: torch.device) -> None:
     """Waits until the device has done what it was given."""
     if device.type != "cpu":

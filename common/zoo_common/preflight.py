@@ -97,6 +97,11 @@ def check_data(spec: RunSpec, config: Any) -> None:
 
         files = _coco_files(spec, config.data) if spec.layout == "coco" else None
         config.data.path = str(layouts.resolve(spec.layout, config.data.path, show, files))
+    if Path(config.data.path).resolve().is_relative_to(Path(config.run.output_dir).resolve()):
+        raise UserError(
+            f"--data_path={config.data.path} lies in --output_dir={config.run.output_dir}, which "
+            "is moved aside when another run is started: give another --output_dir."
+        )
 
 
 def _coco_files(spec: RunSpec, data: Any) -> layouts.CocoFiles:
@@ -218,7 +223,8 @@ def place(spec: RunSpec, config: Any) -> Place:
         UserError: the device is not there or has too few cards, the port is taken, or an address
             is not this machine's.
     """
-    from zoo_common import device as devices  # torch, from here on
+    with _quiet_torch():
+        from zoo_common import device as devices  # torch, from here on
 
     launch = config.launch
     processes = launch.processes or spec.devices
@@ -243,6 +249,22 @@ def place(spec: RunSpec, config: Any) -> Place:
     if launch.node_rank == 0:
         port = _free_port(port)
     return Place(kind, processes, launch.nnodes, launch.node_rank, address, port)
+
+
+@contextlib.contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """Keeps torch's own C++ log out of this process when it is imported here; the ranks have it.
+
+    Of a machine that does not answer it tells in pages of stack frames, we in a sentence.
+    """
+    name = "TORCH_CPP_LOG_LEVEL"
+    given = name in os.environ
+    os.environ.setdefault(name, "FATAL")
+    try:
+        yield
+    finally:
+        if not given:
+            del os.environ[name]
 
 
 def network(local_addr: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -89,16 +89,17 @@ class DetectionBatch(NamedTuple):
         """The batch in parts of equal size; the extent is that of the whole."""
         size = len(self.item_ids) // parts
         whole = ("extent_2", "damaged", "ring_slots")
-        each = {name: value for name, value in self._asdict().items() if name not in whole}
-        return [
-            self._replace(
-                **{
-                    name: None if value is None else value[first : first + size]
-                    for name, value in each.items()
-                }
-            )
-            for first in range(0, size * parts, size)
-        ]
+        each = [name for name in self._fields if name not in whole]
+
+        def part(first: int) -> DetectionBatch:
+            values = {name: getattr(self, name) for name in each}
+            cut: dict[str, Any] = {
+                name: None if value is None else value[first : first + size]
+                for name, value in values.items()
+            }
+            return self._replace(**cut)
+
+        return [part(first) for first in range(0, size * parts, size)]
 
 
 @dataclass(frozen=True)

@@ -311,8 +311,8 @@ def check(config: Config, world_size: int, kind: str) -> None:
     parts = config.precision.accumulate
     if batch // world_size % parts:
         raise UserError(
-            f"precision.accumulate={parts} does not divide the {batch // world_size} images of each "
-            "process: take a divisor."
+            f"precision.accumulate={parts} does not divide the {batch // world_size} images of "
+            "each process: take a divisor."
         )
 
 

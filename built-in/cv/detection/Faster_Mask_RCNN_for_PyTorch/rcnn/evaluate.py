@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rcnn import data, weights
 from rcnn.config import CARD_OPTIONS, Config
-from rcnn.model import build_model
+from rcnn.model import build_model, to_device
 from rcnn.roi_heads import Detections
 from zoo_common.amp import inference_autocast
 from zoo_common.config import load_config
@@ -33,12 +33,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(Config, sys.argv[1:] if argv is None else argv, CARD_OPTIONS)
     with start_run(config, METRIC) as run:
         index = data.open_val(config)
+        data.check_objects(index)
         run.say(index.describe())
         static_shapes = data.wants_static_shapes(config, run.device)
         model = build_model(config, len(index.classes), static_shapes=static_shapes)
         path = Path(config.weights.checkpoint)
         run.say(weights.load_for_evaluation(model, path, config.model))
-        evaluate(run, model.to(run.device), index, config)
+        data.check_classes(index, path)
+        evaluate(run, to_device(model, run.device), index, config)
         run.finish(batch_size=config.evaluate.batch_size)
 
 

@@ -15,6 +15,7 @@ from rcnn.backbone import Extent, FeaturePyramid, ResNet
 from rcnn.config import Config
 from rcnn.roi_heads import Detections, RoiHeads
 from rcnn.rpn import Proposals, RegionProposals
+from zoo_common import device as devices
 from zoo_common.detection.batching import DetectionBatch
 
 FLOAT32_INPUTS = ("boxes_BQ4", "edges_BQE4")
@@ -121,6 +122,11 @@ class GeneralizedRCNN(nn.Module):
         if extent is None:
             return maps[:4]
         return [extent.extend(map_BCHW, 4 << index) for index, map_BCHW in enumerate(maps[:4])]
+
+
+def to_device(model: GeneralizedRCNN, device: torch.device) -> GeneralizedRCNN:
+    """The model on a device, in the order of memory that suits it."""
+    return model.to(device).to(memory_format=devices.memory_format(device))
 
 
 def build_model(

@@ -83,7 +83,7 @@ class Head(nn.Module):
     def _patches(self, maps: Sequence[Tensor], index_BS: Tensor) -> Tensor:
         """The 3x3 cells around anchors, [B, S, C * 9]; zero beyond the border of a map."""
         around = torch.arange(-1, 2, device=index_BS.device)
-        patches_BCS9: Tensor | None = None
+        patches_BXC: Tensor | None = None
         first = 0
         for map_BCHW in maps:
             batch, channels, height, width = map_BCHW.shape
@@ -96,14 +96,14 @@ class Head(nn.Module):
             )[..., None, :]
             real_BS33 = real_BS33 & on_level_BS[..., None, None]
             place_BS33 = row_BS3[..., :, None] * width + column_BS3[..., None, :]
-            place_B1X = place_BS33.clamp(0, height * width - 1).flatten(1)[:, None]
-            cells_BCX = map_BCHW.flatten(2).gather(2, place_B1X.expand(-1, channels, -1))
-            cells_BCX = torch.where(real_BS33.flatten(1)[:, None], cells_BCX, 0.0)
-            patches_BCS9 = cells_BCX if patches_BCS9 is None else patches_BCS9 + cells_BCX
+            place_BX1 = place_BS33.clamp(0, height * width - 1).flatten(1)[..., None]
+            rows_BNC = map_BCHW.flatten(2).transpose(1, 2)
+            cells_BXC = rows_BNC.gather(1, place_BX1.expand(-1, -1, channels))
+            cells_BXC = torch.where(real_BS33.flatten(1)[..., None], cells_BXC, 0.0)
+            patches_BXC = cells_BXC if patches_BXC is None else patches_BXC + cells_BXC
             first += height * width * self.anchors
-        assert patches_BCS9 is not None
-        patches_BCS9 = patches_BCS9.view(batch, channels, -1, 9)
-        return patches_BCS9.permute(0, 2, 1, 3).flatten(2)
+        assert patches_BXC is not None
+        return patches_BXC.view(batch, -1, 9, channels).transpose(2, 3).flatten(2)
 
 
 class RegionProposals(nn.Module):

@@ -13,7 +13,7 @@ from torch import nn
 from rcnn import data, weights
 from rcnn.config import CARD_OPTIONS, Config, check
 from rcnn.evaluate import METRIC, evaluate
-from rcnn.model import FLOAT32_INPUTS, build_model
+from rcnn.model import FLOAT32_INPUTS, build_model, to_device
 from rcnn.recipe import build_optimizer, set_lr
 from zoo_common.amp import Precision
 from zoo_common.config import load_config
@@ -31,12 +31,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         held_out = data.open_val(config)
         classes = data.agree_on_classes(config, index, held_out)
         run.say(index.describe())
+        data.check_objects(index)
+        if config.evaluate.at_end or config.evaluate.every:
+            data.check_objects(held_out)
+        if config.run.resume:
+            where = config.run.resume
+            data.check_classes(
+                index, run.checkpoints / "last.pth" if where == "last" else Path(where)
+            )
         solver = config.solver
         total_steps = min(solver.max_iter, config.run.max_steps or solver.max_iter)
         train_data = data.train_stream(config, index, run, total_steps)
 
         static_shapes = data.wants_static_shapes(config, run.device)
-        model = build_model(config, len(classes), static_shapes=static_shapes).to(run.device)
+        model = build_model(config, len(classes), static_shapes=static_shapes)
+        model = to_device(model, run.device)
         load_start(model, config, run)
         optimizer = build_optimizer(model, solver)
         precision = Precision(

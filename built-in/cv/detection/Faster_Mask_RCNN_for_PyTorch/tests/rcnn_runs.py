@@ -140,11 +140,11 @@ def edit(root: Path, split: str, change: Callable[[dict[str, Any]], object]) -> 
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
-    """All files of the user's below a directory; the caches that we make are none."""
+    """All files of the user's below a directory: not our caches, nor what a download left."""
     return {
         str(file.relative_to(root)): file.read_bytes()
         for file in sorted(root.rglob("*"))
-        if file.is_file() and not file.name.endswith((".zoo-cache", ".lock"))
+        if file.is_file() and not file.name.endswith((".zoo-cache", ".part"))
     }
 
 

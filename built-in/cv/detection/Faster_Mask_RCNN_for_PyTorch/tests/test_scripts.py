@@ -7,17 +7,18 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from rcnn_runs import (  # noqa: E402
+from rcnn_runs import (
     JSON,
     annotation,
     detections_of,
@@ -103,7 +104,9 @@ def test_the_report_has_the_names_and_keys_of_the_original(trained: Path) -> Non
         "Status",
     ]
     assert (rows["Network"], rows["BatchSize"], rows["CaseName"]) == (NETWORK, "2", case)
-    assert float(rows["TrainAccuracy"]) == pytest.approx(result_of(trained)["metric"]["value"], 1e-3)
+    assert float(rows["TrainAccuracy"]) == pytest.approx(
+        result_of(trained)["metric"]["value"], 1e-3
+    )
     losses = (trained / f"train_{case}_loss.txt").read_text().split()
     assert [float(loss) for loss in losses] == pytest.approx(losses_of(trained), abs=1e-5)
     assert (trained / f"train_{case}_fps.log").is_file()
@@ -147,7 +150,7 @@ def test_a_run_goes_on_to_the_same_numbers(
 def test_eight_processes_take_a_step(recipe: str, tmp_path: Path) -> None:
     data = draw_coco(tmp_path / "coco2017", train=8, val=1)
     words = [recipe, f"--data_path={tmp_path}", "MODEL.WEIGHTS", "", "SOLVER.IMS_PER_BATCH", "8"]
-    words += ["SOLVER.MAX_ITER", "1", "--output_dir=out"]
+    words += ["SOLVER.MAX_ITER", "1", "model.static_shapes=on", "--output_dir=out"]
     done = script("train_performance_8p", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = result_of(tmp_path / "out")
@@ -180,7 +183,7 @@ def test_another_data_set_starts_from_a_checkpoint_with_other_classes(
     log = (tmp_path / "out" / "train_0.log").read_text()
     assert "the file has 2 classes, the model 3" in log
     assert "4 tensors stay as initialised" in log
-    assert "roi_heads.box_predictor.cls_score.weight: (3, 16) in the file, (4, 16) in the" in log
+    assert "cls_score.weight" in log
     before, after = weights_of(start), weights_of(tmp_path / "out" / "checkpoints" / "last.pth")
     assert len(after["roi_heads.box_predictor.bbox_pred.weight"]) == 4 * 3
     for key in ("backbone.bottom_up.res5.2.conv3.weight", "roi_heads.box_head.fc2.weight"):
@@ -200,7 +203,7 @@ def test_another_data_set_starts_from_a_checkpoint_with_other_classes(
 
 
 def test_odd_data_is_told_and_trained_on(recipe: str, tmp_path: Path) -> None:
-    """Damaged files, images without objects and boxes beyond the image, none of which is ours."""
+    """Damaged files, an image without objects, boxes beyond the image, a read-only directory."""
     data = draw_coco(tmp_path / "coco", train=7)
 
     def change(content: dict) -> None:
@@ -212,11 +215,11 @@ def test_odd_data_is_told_and_trained_on(recipe: str, tmp_path: Path) -> None:
     (data / "train2017" / "train 3.jpg").write_bytes(b"\xff\xd8 no picture")
     whole = (data / "val2017" / "val 1.jpg").read_bytes()
     (data / "val2017" / "val 1.jpg").write_bytes(whole[: len(whole) // 2])
-    for directory in (data, data / "annotations"):
-        directory.chmod(0o555)
     before = snapshot(data)
+    (data / "annotations").chmod(0o555)
     words = [recipe, "--data_path=.", "SOLVER.MAX_ITER", "3", "--output_dir=out"]
-    done = script("train_full_1p", *words, "--batch_size=2", cwd=tmp_path)
+    done = script("train_full_1p", *words, cwd=tmp_path, ZOO_DATA_DIR=str(tmp_path / "cache"))
+    (data / "annotations").chmod(0o755)
     assert done.returncode == 0, done.stderr
     log = (tmp_path / "out" / "train_0.log").read_text()
     assert "7 images (1 without annotations)" in log
@@ -245,7 +248,7 @@ def test_images_without_objects_are_trained_on_if_asked_for(recipe: str, tmp_pat
 
 @dataclass(frozen=True)
 class Case:
-    """A command that must be refused: {at} stands for the directory of :func:`bad`."""
+    """A command that is refused, and what is said; for {at} and such see :func:`refused`."""
 
     run: str
     words: Sequence[str]
@@ -253,17 +256,23 @@ class Case:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-TREE = "instances_val2017.json\n    train2017/<image>\n    val2017/<image>"
-LAST = "--checkpoint={at}/last.pth"
-TRAIN, EVAL = "train_full_1p", "train_eval_1p"
+class Answer(NamedTuple):
+    """What a case led to."""
+
+    done: subprocess.CompletedProcess[str]
+    said: Sequence[str]
+    output: Path
+
+
+TRAIN, EVAL, LAST = "train_full_1p", "train_eval_1p", "--checkpoint={at}/last.pth"
 
 BAD_INPUT = {
-    # These wait for others, so that they come first.
-    "no weights": Case(
+    # These two wait for somebody, so that they come first.
+    "no weights and no network": Case(
         "train_full_8p",
         ["--data_path={at}/coco"],
-        ["Cannot download R-101.pkl from http://127.0.0.1", "put the file at {at}/R-101.pkl"],
-        {"ZOO_WEIGHTS_URL": "http://127.0.0.1:{port}", "XDG_CACHE_HOME": "{at}"},
+        ["Cannot download R-101.pkl from {server}/R-101.pkl", "the file at {at}/R-101.pkl"],
+        {"ZOO_WEIGHTS_URL": "{server}", "XDG_CACHE_HOME": "{at}"},
     ),
     "no master": Case(
         "train_performance_multinodes",
@@ -279,17 +288,210 @@ BAD_INPUT = {
         ],
         ["Machine 1 waited 5 s for 2 machines at 127.0.0.1:{port}"],
     ),
-    "truncated annotations": Case(
-        TRAIN, ["{recipe}", "--data_path={at}/half"], [JSON.format("train"), "ends in the middle"]
+    "truncated JSON": Case(
+        TRAIN, ["{recipe}", "--data_path={at}/half"], ["instances_train2017.json ends in the mid"]
     ),
     "no JSON": Case(
         EVAL,
         ["{recipe}", "--data_path={at}/text", LAST],
-        [JSON.format("val"), "is not valid JSON", "it begins with b'<html>"],
+        ["instances_val2017.json is not valid JSON", "it begins with b'<html>"],
     ),
     "captions": Case(
         TRAIN,
-        ["{recipe}", "--data_path={at}/coco", "DATASETS.TRAIN", "('coco_2017_val',)"],
-        ["x"],
+        ["{recipe}", "--data_path={at}/coco", "data.train_json=annotations/captions.json"],
+        ["captions.json holds captions and no instances"],
+    ),
+    "missing image": Case(
+        TRAIN, ["{recipe}", "--data_path={at}/gone"], ["{at}/gone/train2017/train 4.jpg"]
+    ),
+    "damaged images": Case(
+        TRAIN,
+        ["{recipe}", "--data_path={at}/damaged", "data.max_damaged=1"],
+        ["2 images are damaged, more than the 1", "train 1.jpg (", "train 4.jpg ("],
+    ),
+    "all held-out images damaged": Case(
+        EVAL, ["{recipe}", "--data_path={at}/damaged", LAST], ["None of the images in val2017"]
+    ),
+    "no objects": Case(
+        TRAIN, ["{recipe}", "--data_path={at}/empty"], ["No image of", "train2017.json has an obj"]
+    ),
+    "no objects, images kept": Case(
+        TRAIN,
+        ["{recipe}", "--data_path={at}/empty", "data.keep_empty=true"],
+        ["No image of", "train2017.json has an obj"],
+    ),
+    "no held-out objects": Case(
+        TRAIN, ["{recipe}", "--data_path={at}/blank"], ["No image of", "val2017.json has an obj"]
+    ),
+    "other categories": Case(
+        TRAIN, ["{recipe}", "--data_path={at}/three"], ["list different categories", "[9]"]
+    ),
+    "categories of other names": Case(
+        TRAIN, ["{recipe}", "--data_path={at}/named"], ["id 7", "'big dog'", "'gnu'"]
+    ),
+    "unknown category": Case(
+        EVAL, ["{recipe}", "--data_path={at}/unknown", LAST], ["category_id 99", "val2017.json"]
+    ),
+    "checkpoint of other classes": Case(
+        EVAL,
+        ["{recipe}", "--data_path={at}/named", LAST],
+        ["last.pth was trained on", "'big dog'", "'gnu'"],
+    ),
+    "resuming with other classes": Case(
+        TRAIN,
+        ["{recipe}", "--data_path={at}/renamed", "--resume={at}/last.pth"],
+        ["last.pth was trained on", "'big dog'", "'gnu'"],
+    ),
+    "checkpoint of another class count": Case(
+        EVAL,
+        ["{recipe}", "--data_path={at}/three", LAST],
+        [
+            "roi_heads.box_predictor.cls_score.weight",
+            "the file has 2 classes, the model 3",
+        ],
+    ),
+    "evil .pth": Case(
+        TRAIN,
+        ["{recipe}", "--data_path={at}/coco", "MODEL.WEIGHTS", "{at}/evil.pth"],
+        ["evil.pth was refused"],
+    ),
+    # The launcher tells these before it starts a process.
+    "no data path": Case(TRAIN, ["{recipe}"], ["give --data_path=DIR", "val2017/<image>"]),
+    "no such data path": Case(
+        TRAIN, ["{recipe}", "--data_path={at}/none"], ["'{at}/none' does not exist"]
+    ),
+    "wrong tree": Case(
+        TRAIN,
+        ["{recipe}", "--data_path={at}/gone/annotations"],
+        ["the data set begins higher up, so give '{at}/gone'", "val2017/<image>"],
+    ),
+    "no annotations": Case(
+        TRAIN, ["{recipe}", "--data_path={at}/bare"], ["no annotations/instances_train2017.json"]
+    ),
+    "data in the output": Case(
+        TRAIN,
+        ["{recipe}", "--data_path={at}/coco", "--output_dir={at}"],
+        ["--data_path={at}/coco lies in --output_dir={at}"],
+    ),
+    "batch over 8 ranks": Case(
+        "train_full_8p",
+        ["--data_path={at}/coco", "SOLVER.IMS_PER_BATCH", "12"],
+        ["data.batch_size=12", "all 8 processes", "take 8 or 16"],
+    ),
+    "misspelt key": Case(
+        TRAIN,
+        ["--data_path={at}/coco", "SOLVER.IMS_PER_BACH", "8"],
+        ["SOLVER.IMS_PER_BACH", "SOLVER.IMS_PER_BATCH?"],
+    ),
+    "value of another type": Case(
+        TRAIN, ["--data_path={at}/coco", "SOLVER.MAX_ITER", "many"], ["SOLVER.MAX_ITER", "int"]
+    ),
+    "no checkpoint": Case(EVAL, ["--data_path={at}/coco"], ["needs --checkpoint=VALUE"]),
+    "truncated checkpoint": Case(
+        EVAL, ["--data_path={at}/coco", "--checkpoint={at}/half.pth"], ["half.pth is truncated"]
+    ),
+    "evil .pkl to start from": Case(
+        TRAIN, ["--data_path={at}/coco", "MODEL.WEIGHTS", "{at}/evil.pkl"], ["evil.pkl"]
+    ),
+    "evil .pkl to evaluate": Case(
+        EVAL, ["--data_path={at}/coco", "--checkpoint={at}/evil.pkl"], ["evil.pkl"]
     ),
 }
+
+
+class _Evil:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.fixture(scope="module")
+def bad(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data sets and weights that cannot be used, and one that can."""
+    at = tmp_path_factory.mktemp("bad")
+    for name in ("coco", "half", "text", "gone", "damaged", "empty", "blank", "unknown", "bare"):
+        draw_coco(at / name)
+    draw_coco(at / "three", classes={3: "cat", 7: "big dog", 9: "owl"})
+    draw_coco(at / "named", classes={3: "cat", 7: "gnu"})
+    draw_coco(at / "renamed", classes={3: "cat", 7: "gnu"})
+    for name in ("three", "named"):
+        shutil.copy(at / "coco" / JSON.format("train"), at / name / JSON.format("train"))
+
+    text = (at / "half" / JSON.format("train")).read_text()
+    (at / "half" / JSON.format("train")).write_text(text[: len(text) // 2])
+    (at / "text" / JSON.format("val")).write_text("<html>404 not found</html>")
+    captions = {"id": 1, "image_id": 5, "caption": "A cat."}
+    content = json.loads(text) | {"annotations": [captions]}
+    (at / "coco" / "annotations" / "captions.json").write_text(json.dumps(content))
+    (at / "gone" / "train2017" / "train 4.jpg").unlink()
+    damaged = [at / "damaged" / "train2017" / f"train {number}.jpg" for number in (1, 4)]
+    for file in (*damaged, *(at / "damaged" / "val2017").iterdir()):
+        file.write_bytes(b"no picture")
+    edit(at / "empty", "train", lambda content: content["annotations"].clear())
+    edit(at / "blank", "val", lambda content: content["annotations"].clear())
+    edit(at / "unknown", "val", lambda content: content["annotations"][0].update(category_id=99))
+    shutil.rmtree(at / "bare" / "annotations")
+
+    shutil.copytree(trained / "checkpoints", at, dirs_exist_ok=True)
+    (at / "half.pth").write_bytes((at / "last.pth").read_bytes()[:9999])
+    evil = {"model": _Evil(at / "ran")}
+    (at / "evil.pkl").write_bytes(pickle.dumps(evil))
+    torch.save(evil, at / "evil.pth")
+    return at
+
+
+@pytest.fixture(scope="module")
+def before(bad: Path) -> dict[str, bytes]:
+    return snapshot(bad)
+
+
+@pytest.fixture(scope="module")
+def refused(
+    bad: Path, before: object, recipe: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Answer]:
+    """What each case led to. They run a few at a time, since most of one is start-up."""
+    with socket.socket() as closed:  # bound, so that nobody else can listen there
+        closed.bind(("127.0.0.1", 0))
+        port = str(closed.getsockname()[1])
+        server = "http:" + f"//127.0.0.1:{port}"  # in two parts, since it is no public address
+        names = {"at": str(bad), "recipe": recipe, "port": port, "server": server}
+
+        def run(case: Case) -> Answer:
+            cwd = tmp_path_factory.mktemp("refused")
+            words = [fill(word, names) for word in ("--output_dir=out", *case.words)]
+            more = {name: fill(value, names) for name, value in case.environment.items()}
+            said = [fill(text, names) for text in case.said]
+            return Answer(script(case.run, *words, cwd=cwd, **more), said, cwd / "out")
+
+        with ThreadPoolExecutor(3) as pool:
+            return dict(zip(BAD_INPUT, pool.map(run, BAD_INPUT.values()), strict=True))
+
+
+def fill(text: str, names: Mapping[str, str]) -> str:
+    for name, value in names.items():
+        text = text.replace("{" + name + "}", value)
+    return text
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_message_and_no_number(case: str, refused: dict[str, Answer]) -> None:
+    done, said, output = refused[case]
+    assert done.returncode == 2, done.stderr
+    words = [line for line in done.stderr.splitlines() if not line.startswith("env_npu.sh")]
+    assert words[0].startswith("error: ")
+    tree = words[0].endswith(("laid out as below, or", "Expected:", "sample data."))
+    assert len(words) == 1 or tree, done.stderr
+    for text in said:
+        assert text in done.stderr
+    assert "Final" not in done.stdout
+    for report in output.glob("*.log"):
+        assert "FPS" not in report.read_text()
+
+
+def test_bad_input_costs_nobody_a_file_and_runs_no_code(
+    bad: Path, before: dict[str, bytes], refused: object
+) -> None:
+    assert not (bad / "ran").exists()
+    assert snapshot(bad) == before
