@@ -658,7 +658,8 @@ def build_loader(
         total_steps=total_steps,
         shuffle=shuffle,
     )
-    damaged = DamagedItems(max_damaged, "replaced by the next one")
+    # One image at least must be left to put in the place of the others.
+    damaged = DamagedItems(min(max_damaged, len(source) - 1), "replaced by the next one")
     return BatchStream(
         items, batches, damaged, workers=workers, prefetch_factor=prefetch_factor, device=device
     )

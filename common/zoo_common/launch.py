@@ -19,14 +19,13 @@ from zoo_common import config as configs
 from zoo_common import report, runs
 from zoo_common.config import Field
 from zoo_common.errors import UserError
-from zoo_common.runs import Model, RunSpec
+from zoo_common.runs import CALLER_VARIABLE, Model, RunSpec
 from zoo_common.worker import LOG_VARIABLE, PIN_VARIABLE
 
 if TYPE_CHECKING:
     from zoo_common.agent import Failure, Outcome
     from zoo_common.preflight import Place
 
-CALLER_VARIABLE = "ZOO_CALLER_DIR"
 """The directory from which the user started the script; relative paths are meant from there."""
 
 

@@ -73,7 +73,8 @@ def parse(
         name, equals, value = word.partition("=")
         option = by_name.get(_normal(name))
         if option is not None:
-            text = _value_of(option, value if equals else None, rest)
+            follows = bool(rest) and _normal(rest[0].partition("=")[0]) not in by_name
+            text = _value_of(option, value if equals else None, rest, follows)
             assignments += _assignments(option, text, word)
         elif equals and name in known_paths:
             assignments.append(Assignment(name, value, word))
@@ -100,8 +101,11 @@ def _normal(name: str) -> str:
     return "--" + name[2:].replace("-", "_") if name.startswith("--") else name
 
 
-def _value_of(option: Option, given: str | None, rest: list[str]) -> str:
-    """The option's value: behind the equals sign, the next word, or the one that is implied."""
+def _value_of(option: Option, given: str | None, rest: list[str], follows: bool) -> str:
+    """The option's value: behind the equals sign, the next word, or the one that is implied.
+
+    ``follows``: there is a next word, and it is no option.
+    """
     if option.kind == "flag":
         if given is not None:
             raise UserError(f"{option.name} takes no value, but was given {given!r}: leave it out.")
@@ -111,8 +115,8 @@ def _value_of(option: Option, given: str | None, rest: list[str]) -> str:
     if option.kind == "switch":
         return rest.pop(0) if rest and is_true(rest[0]) is not None else "true"
     if option.kind == "optional":
-        follows = rest and not rest[0].startswith("--") and "=" not in rest[0]
-        return rest.pop(0) if follows else option.bare
+        takes = follows and not rest[0].startswith("--") and "=" not in rest[0]
+        return rest.pop(0) if takes else option.bare
     if not rest or rest[0].startswith("--"):
         raise UserError(f"{option.name} needs a value: write {option.name}=VALUE.")
     return rest.pop(0)

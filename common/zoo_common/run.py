@@ -173,7 +173,7 @@ class Run:
         if "step" not in content or "parts" not in content:
             raise UserError(
                 f"--resume: {path} holds weights only, not the state of a run: "
-                "start from it with --finetune instead."
+                "start a new run from these weights instead."
             )
         weights, _ = checkpoint.select(content["model"], state.precision.model, path)
         state.precision.load_model_state_dict(weights)
@@ -351,7 +351,13 @@ class Run:
         if state.best is None or value > state.best:
             state.best = value
             if self.processes.is_main and weights is not None:
-                content = {"model": dict(weights), "step": step, "metrics": dict(metrics)}
+                content = {
+                    "format": checkpoint.FORMAT,
+                    "model": dict(weights),
+                    "step": step,
+                    "metrics": dict(metrics),
+                    "config": to_yaml(self.config),
+                }
                 checkpoint.save(self.checkpoints / "best.pth", content)
 
     def finish(self, state: TrainState[Any] | None = None, batch_size: int = 0) -> None:

@@ -39,6 +39,9 @@ from zoo_common.config import (
 from zoo_common.errors import UserError
 from zoo_common.options import Assignment, Option, nearest, parse
 
+CALLER_VARIABLE = "ZOO_CALLER_DIR"
+"""The directory in which the user called a run's script."""
+
 KINDS = ("acc", "perf", "eval")
 
 
@@ -123,12 +126,17 @@ class Model:
             own.append(Assignment("run.device_id", device_id, "ASCEND_DEVICE_ID"))
         paths = [item.path for item in self.fields()]
         given = parse(rest, self._words(), paths)
-        chosen = file or self.directory / spec.config
+        chosen = self._found(file, environment or {}) if file else self.directory / spec.config
         config: Any = build_config(self.schema, [chosen], own + given, self.card_options)
         if self.check is not None:
             launch = config.launch
             self.check(config, (launch.processes or spec.devices) * launch.nnodes, spec.kind)
         return config
+
+    def _found(self, file: Path, environment: Mapping[str, str]) -> Path:
+        """A config file as the user names it: from where they stand, or from the model."""
+        seen = Path(environment.get(CALLER_VARIABLE, ".")) / file.expanduser()
+        return seen if seen.exists() else self.directory / file
 
 
 def load(directory: Path) -> Model:

@@ -95,7 +95,7 @@ def open_index(
     if len(missing) and (not allow_missing or not present.any()):
         raise UserError(
             f"{len(missing)} of the {len(index)} images of {annotations} are missing, the first is "
-            f"{index.path(int(missing[0]))}; add them, or allow some to be missing."
+            f"{index.path(int(missing[0]))}; add them, or take them out of the JSON."
         )
     return replace(index, _numbers=np.flatnonzero(present).tolist()) if len(missing) else index
 

@@ -6,6 +6,7 @@ Objects stand in the order of their images (by image id), and within one in the 
 
 from __future__ import annotations
 
+import codecs
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -96,7 +97,7 @@ def parse(data: bytes, path: Path) -> Built:
         UserError: it is not JSON, of another kind, or contradicts itself.
     """
     try:
-        file = _DECODER.decode(data)
+        file = _DECODER.decode(data.removeprefix(codecs.BOM_UTF8))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _explain(data, path, error) from error
     for name in ("images", "categories"):

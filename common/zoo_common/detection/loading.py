@@ -405,7 +405,8 @@ def build_train_stream(
         start_step=start_step,
         total_steps=total_steps,
     )
-    damaged = DamagedItems(max_damaged, "replaced by the next one")
+    # One image at least must be left to put in the place of the others.
+    damaged = DamagedItems(min(max_damaged, len(groups_N) - 1), "replaced by the next one")
     return BatchStream(
         items, batches, damaged, workers=workers, prefetch_factor=prefetch_factor, device=device
     )

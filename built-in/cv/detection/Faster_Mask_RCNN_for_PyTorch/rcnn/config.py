@@ -338,8 +338,30 @@ def _check_model(config: Config) -> None:
         raise UserError(
             f"rpn.iou_low={config.rpn.iou_low} must not exceed rpn.iou_high={config.rpn.iou_high}."
         )
+    if config.rpn.samples < 2 or config.roi.samples < 2:
+        raise UserError("rpn.samples and roi.samples must be 2 at least, for both kinds.")
+    _check_groups(config)
     if not config.box_head.num_fc + config.box_head.num_conv:
         raise UserError("box_head needs a layer: set box_head.num_fc or box_head.num_conv.")
+
+
+def _check_groups(config: Config) -> None:
+    """Group normalisation has 32 groups, as in detectron2."""
+    model = config.model
+    resnet = {
+        "model.stem_channels": model.stem_channels,
+        "model.res2_channels": model.res2_channels,
+        "model.num_groups times model.width_per_group": model.num_groups * model.width_per_group,
+    }
+    for norm, channels in (
+        (model.norm, resnet),
+        (model.fpn_norm, {"model.fpn_channels": model.fpn_channels}),
+        (config.box_head.norm, {"box_head.conv_dim": config.box_head.conv_dim}),
+        (config.mask_head.norm, {"mask_head.conv_dim": config.mask_head.conv_dim}),
+    ):
+        for name, count in channels.items():
+            if norm == "GN" and count % 32:
+                raise UserError(f"{name}={count} must be a multiple of 32 for norm GN.")
 
 
 def _check_data(data: DataConfig) -> None:

@@ -162,8 +162,8 @@ def _watch(model: GeneralizedRCNN) -> _Watch:
             (heads, "predict_boxes", "predicted"),
             (heads.box_head, "forward", "box_head"),
             (heads, "mask_targets", "mask_targets"),
-            (heads, "predict_masks", "mask_logits"),
         ]
+        + ([(heads.mask_head, "hidden", "mask_hidden")] if heads.mask_config else [])
     )
 
 
@@ -221,12 +221,12 @@ def _train(model: GeneralizedRCNN, batch: DetectionBatch) -> Tree:
         for image, valid_S in enumerate(regions.valid_BS)
     ]
     result |= _box_stages(kept, regions.valid_BS.flatten())
-    if "mask_logits" in kept:
-        slots = len(kept["mask_logits"][0]) // len(regions.positive_BS)
+    if "mask_hidden" in kept:
+        slots = len(kept["mask_hidden"][0]) // len(regions.positive_BS)
         positive_BF = regions.positive_BS[:, :slots]
         positive_R = positive_BF.flatten()
         result["roi_heads.mask_pooler"] = kept["pooled"][1].detach()[positive_R]
-        result["roi_heads.mask_head.logits"] = kept["mask_logits"][0].detach()[positive_R]
+        result["roi_heads.mask_head.logits"] = _all_masks(model, kept)[positive_R]
         targets_BFMM = kept["mask_targets"][0].unflatten(0, (-1, slots))
         result["mask_targets"] = [
             targets_FMM[positive_F]
@@ -242,6 +242,13 @@ def _train(model: GeneralizedRCNN, batch: DetectionBatch) -> Tree:
         if parameter.grad is not None
     }
     return result
+
+
+@torch.no_grad()
+def _all_masks(model: GeneralizedRCNN, kept: Mapping[str, list[Any]]) -> Tensor:
+    """Mask logits of all classes, of which the model itself makes one for each region."""
+    logits_RKMM: Tensor = model.roi_heads.mask_head.predictor(kept["mask_hidden"][0])
+    return logits_RKMM
 
 
 def _sampled_anchors(
@@ -275,11 +282,11 @@ def _infer(model: GeneralizedRCNN, batch: DetectionBatch) -> Tree:
     kept = watch.kept
     result = _stages(model, kept)
     result |= _box_stages(kept, kept["proposals"][0].valid_BP.flatten())
-    if "mask_logits" in kept:
-        slots = len(kept["mask_logits"][0]) // len(found.valid_BD)
+    if "mask_hidden" in kept:
+        slots = len(kept["mask_hidden"][0]) // len(found.valid_BD)
         valid_R = found.valid_BD[:, :slots].flatten()
         result["roi_heads.mask_pooler"] = kept["pooled"][1][valid_R]
-        result["roi_heads.mask_head.logits"] = kept["mask_logits"][0][valid_R]
+        result["roi_heads.mask_head.logits"] = _all_masks(model, kept)[valid_R]
     result["detections"] = _each_image(found, found.boxes_BD4, found.valid_BD)
     original_BD4 = boxes.to_original(found.boxes_BD4, batch.sizes_B2, batch.originals_B2)
     sides_BD2 = original_BD4[..., 2:] - original_BD4[..., :2]
