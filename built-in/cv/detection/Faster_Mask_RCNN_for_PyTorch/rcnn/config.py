@@ -338,8 +338,12 @@ def _check_model(config: Config) -> None:
         raise UserError(
             f"rpn.iou_low={config.rpn.iou_low} must not exceed rpn.iou_high={config.rpn.iou_high}."
         )
-    if config.rpn.samples < 2 or config.roi.samples < 2:
-        raise UserError("rpn.samples and roi.samples must be 2 at least, for both kinds.")
+    for name, part in (("rpn", config.rpn), ("roi", config.roi)):
+        if int(part.samples * part.positive_fraction) < 1:
+            raise UserError(
+                f"{name}.samples={part.samples} times {name}.positive_fraction="
+                f"{part.positive_fraction} leaves no place for foreground: raise one of them."
+            )
     _check_groups(config)
     if not config.box_head.num_fc + config.box_head.num_conv:
         raise UserError("box_head needs a layer: set box_head.num_fc or box_head.num_conv.")

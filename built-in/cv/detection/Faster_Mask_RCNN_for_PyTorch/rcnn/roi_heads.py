@@ -22,7 +22,7 @@ from rcnn import boxcoder
 from rcnn.backbone import STRIDES, Conv, xavier_fill
 from rcnn.config import BoxHeadConfig, MaskHeadConfig, RoiConfig
 from rcnn.rpn import Proposals
-from rcnn.targets import Sampler, match, sample, take
+from rcnn.targets import Sampler, match, sample, take, wide
 from zoo_common.detection import boxes, masks, ops
 
 FINEST_LEVEL, COARSEST_LEVEL = 2, 5
@@ -244,8 +244,7 @@ class RoiHeads(nn.Module):
     def box_losses(self, maps: Sequence[Tensor], regions: Regions) -> dict[str, Tensor]:
         """``loss_cls`` and ``loss_box_reg``, means over all sampled proposals; scalars."""
         logits_RK, deltas_RK4 = self.predict_boxes(maps, regions.boxes_BS4)
-        wide = torch.float64 if logits_RK.dtype is torch.float64 else torch.float32
-        logits_RK, deltas_RK4 = logits_RK.to(wide), deltas_RK4.to(wide)
+        logits_RK, deltas_RK4 = wide(logits_RK), wide(deltas_RK4)
         labels_R = regions.labels_BS.flatten()
         valid_R, positive_R = regions.valid_BS.flatten(), regions.positive_BS.flatten()
         count = valid_R.sum().clamp(min=1)
@@ -257,7 +256,7 @@ class RoiHeads(nn.Module):
             regions.boxes_BS4, regions.gt_boxes_BS4, self.box_config.delta_weights
         )
         beta = self.box_config.smooth_l1_beta
-        box_R = boxcoder.box_loss(deltas_R4, targets_BS4.flatten(0, 1).to(wide), beta)
+        box_R = boxcoder.box_loss(deltas_R4, targets_BS4.flatten(0, 1).to(deltas_R4.dtype), beta)
         return {
             "loss_cls": (cls_R * valid_R).sum() / count,
             "loss_box_reg": (box_R * positive_R).sum() / count,
@@ -281,17 +280,16 @@ class RoiHeads(nn.Module):
             ring_slots: most rings of an object.
         """
         assert self.mask_config is not None
-        slots = min(int(self.config.samples * self.config.positive_fraction), self.config.samples)
+        slots = int(self.config.samples * self.config.positive_fraction)
         slots = used_slots(regions.positive_BS[:, :slots], self.static_shapes)
         boxes_BF4, positive_BF = regions.boxes_BS4[:, :slots], regions.positive_BS[:, :slots]
-        logits_RMM = self.predict_masks(maps, boxes_BF4, regions.labels_BS[:, :slots])
-        wide = torch.float64 if logits_RMM.dtype is torch.float64 else torch.float32
+        logits_RMM = wide(self.predict_masks(maps, boxes_BF4, regions.labels_BS[:, :slots]))
         with torch.no_grad():
             targets_RMM = self.mask_targets(
                 boxes_BF4, regions.gt_index_BS[:, :slots], edges_BQE4, rings_BQE, ring_slots
             )
         loss_RMM = F.binary_cross_entropy_with_logits(
-            logits_RMM.to(wide), targets_RMM.to(wide), reduction="none"
+            logits_RMM, targets_RMM.to(logits_RMM.dtype), reduction="none"
         )
         positive_R = positive_BF.flatten()
         pixels = positive_R.sum().clamp(min=1) * targets_RMM[0].numel()
@@ -335,8 +333,7 @@ class RoiHeads(nn.Module):
         config = self.config
         batch, count = proposals.valid_BP.shape
         logits_RK, deltas_RK4 = self.predict_boxes(maps, proposals.boxes_BP4)
-        wide = torch.float64 if logits_RK.dtype is torch.float64 else torch.float32
-        scores_RK = logits_RK.to(wide).softmax(dim=1)[:, :-1]
+        scores_RK = wide(logits_RK).softmax(dim=1)[:, :-1]
         boxes_RK4 = boxcoder.decode(
             proposals.boxes_BP4.flatten(0, 1)[:, None], deltas_RK4, self.box_config.delta_weights
         )

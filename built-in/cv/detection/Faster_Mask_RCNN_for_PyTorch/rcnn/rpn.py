@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from rcnn import boxcoder
 from rcnn.backbone import STRIDES, Extent
 from rcnn.config import AnchorConfig, RpnConfig
-from rcnn.targets import Matches, Sampler, match, sample, take
+from rcnn.targets import Matches, Sampler, match, sample, take, wide
 from zoo_common.detection import boxes, ops
 
 
@@ -152,15 +152,16 @@ class RegionProposals(nn.Module):
             choose=choose,
         )
         logits_BS, deltas_BS4 = self.rpn_head.at(maps, chosen.index_BS)
-        wide = torch.float64 if logits_BS.dtype is torch.float64 else torch.float32
-        logits_BS, deltas_BS4 = logits_BS.to(wide), deltas_BS4.to(wide)
+        logits_BS, deltas_BS4 = wide(logits_BS), wide(deltas_BS4)
 
         anchors_BS4 = take(anchors_1N4, chosen.index_BS)
         gt_BS4 = take(gt_boxes_BQ4, matches.index_BN.gather(1, chosen.index_BS))
-        targets_BS4 = boxcoder.encode(anchors_BS4, gt_BS4, config.delta_weights).to(wide)
+        targets_BS4 = boxcoder.encode(anchors_BS4, gt_BS4, config.delta_weights).to(
+            deltas_BS4.dtype
+        )
         loc_BS = boxcoder.box_loss(deltas_BS4, targets_BS4, config.smooth_l1_beta)
         cls_BS = F.binary_cross_entropy_with_logits(
-            logits_BS, chosen.positive_BS.to(wide), reduction="none"
+            logits_BS, chosen.positive_BS.to(logits_BS.dtype), reduction="none"
         )
         share = 1 / (config.samples * len(logits_BS))
         return {

@@ -104,6 +104,11 @@ def sample(
     return Samples(index_BS, positive_BS, positive_BS | (~positive_BS & background_BS))
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """In the format of losses and boxes: float32, or float64 where the network computes in it."""
+    return tensor if tensor.dtype is torch.float64 else tensor.float()
+
+
 def take(values_BNX: Tensor, index_BS: Tensor) -> Tensor:
     """Rows of each image: [B, N, ...] and [B, S] give [B, S, ...]."""
     shape = (*index_BS.shape, *values_BNX.shape[2:])

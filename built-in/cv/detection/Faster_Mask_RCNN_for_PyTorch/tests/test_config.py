@@ -397,6 +397,9 @@ def test_a_wrong_key_in_a_file_is_named_with_its_file(detectron2_file: Path) -> 
         ("rpn.delta_weights=[1]", "rpn.delta_weights must have 4 entries"),
         ("rpn.iou_low=0.9", "rpn.iou_low=0.9 must not exceed rpn.iou_high=0.7"),
         ("box_head.num_fc=0", "box_head needs a layer"),
+        ("rpn.samples=1", "rpn.positive_fraction=0.5 leaves no place for foreground"),
+        ("mask_head.norm=GN mask_head.conv_dim=48", "mask_head.conv_dim=48 must be a multiple of"),
+        ("precision.accumulate=5", "precision.accumulate=5 does not divide the 8 images"),
         ("data.min_sizes=[]", "data.min_sizes is empty"),
         ("data.size_sampling=range", "needs the smallest and the largest"),
         ("data.size_divisibility=16", "must be a multiple of 32"),
@@ -409,7 +412,7 @@ def test_settings_that_do_not_fit_are_told_before_the_start(
     model: runs.Model, words: str, said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
-        model.config(model.run("train_full_8p"), [words])
+        model.config(model.run("train_full_8p"), words.split())
 
 
 def test_a_batch_divides_over_all_machines_and_an_evaluation_has_none(model: runs.Model) -> None:

@@ -70,6 +70,17 @@ def assert_same_weights(one: Path, other: Path) -> None:
 # ---------------------------------------------------------------------------- good runs
 
 
+def test_the_smoke_run_scores_nothing_before_it_has_learned(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    done = script(
+        "train_smoke_1p", "--device=cpu", "--max_steps=1", f"--output_dir={output}", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    metrics = result_of(output)["metrics"]
+    assert metrics["box_AP50"] < 2
+    assert metrics["mask_AP50"] < 2
+
+
 def test_a_run_records_what_it_did(trained: Path) -> None:
     result = result_of(trained)
     assert result["status"] == "completed"
