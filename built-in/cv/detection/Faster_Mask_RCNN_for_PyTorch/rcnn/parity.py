@@ -103,7 +103,7 @@ def _batch(case: Mapping[str, Any], config: Config) -> DetectionBatch:
         valid_BQ=valid_BQ,
         edges_BQE4=edges_BQE4,
         rings_BQE=rings_BQE,
-        ring_slots=int(rings_BQE.max()) + 1,
+        ring_slots=max(0, int(rings_BQE.max())) + 1,
         image_ids_B=torch.arange(len(inputs)),
         item_ids=[str(index) for index in range(len(inputs))],
         damaged=[],
@@ -231,6 +231,7 @@ def _train(model: GeneralizedRCNN, batch: DetectionBatch) -> Tree:
         result["mask_targets"] = [
             targets_FMM[positive_F]
             for targets_FMM, positive_F in zip(targets_BFMM, positive_BF, strict=True)
+            if positive_F.any()  # upstream rasterises nothing for other images
         ]
     result["losses"] = {name: loss.item() for name, loss in losses.items()}
     total = torch.stack(list(losses.values())).sum()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rcnn import boxcoder, parity, targets
 from rcnn.backbone import FrozenBatchNorm
@@ -81,6 +82,23 @@ def test_a_case_of_other_weights_is_told(
     (tmp_path / "case.safetensors").write_bytes(weights.read_bytes())
     tool_code, _ = compare(case)
     assert tool_code == 2
+
+
+def test_a_case_without_objects_is_computed(
+    compare: Callable[[Path], Result], tmp_path: Path
+) -> None:
+    tree = json.loads((FIXTURES / "maskrcnn_r50_tiny.json").read_text())
+    tensors = load_file(FIXTURES / "maskrcnn_r50_tiny.safetensors")
+    for image, target in enumerate(tree["targets"]):
+        target["polygons"] = []
+        tensors[f"targets/{image}/boxes"] = torch.zeros(0, 4)
+        tensors[f"targets/{image}/classes"] = torch.zeros(0, dtype=torch.int64)
+    tree["train"] = {"losses": {"loss_mask": 0.0, "loss_box_reg": 0.0, "loss_rpn_loc": 0.0}}
+    tree["after_step_delta_norm"] = {}
+    (tmp_path / "case.json").write_text(json.dumps(tree))
+    save_file(tensors, tmp_path / "case.safetensors")
+    code, lines = compare(tmp_path / "case.json")
+    assert code == 0, [line for line in lines if "BEYOND" in line]
 
 
 def test_the_rule_of_the_cases() -> None:
