@@ -117,6 +117,35 @@ class Conv(nn.Conv2d):
         )
 
 
+@torch.no_grad()
+def measure_frozen_norms(network: nn.Module, images_BCHW: Tensor) -> int:
+    """Gives frozen normalisations the statistics of these images, layer after layer.
+
+    For a network without loaded weights: its constants are the identity, so that each residual
+    block adds to the size of the activations, which overflow before the last one.
+
+    Returns:
+        How many were set.
+    """
+
+    def measure(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, Conv)
+        assert isinstance(layer.norm, FrozenBatchNorm)
+        y_BCHW = F.conv2d(
+            inputs[0], layer.weight, None, layer.stride, layer.padding, groups=layer.groups
+        )
+        layer.norm.running_mean.copy_(y_BCHW.mean(dim=(0, 2, 3)))
+        layer.norm.running_var.copy_(y_BCHW.var(dim=(0, 2, 3)))
+
+    layers = [m for m in network.modules() if isinstance(m, Conv)]
+    layers = [layer for layer in layers if isinstance(layer.norm, FrozenBatchNorm)]
+    handles = [layer.register_forward_pre_hook(measure) for layer in layers]
+    network(images_BCHW)
+    for handle in handles:
+        handle.remove()
+    return len(layers)
+
+
 def xavier_fill(layer: nn.Conv2d | nn.Linear) -> None:
     """Caffe2's XavierFill: uniform with variance 1 / fan-in; zero bias."""
     nn.init.kaiming_uniform_(layer.weight, a=1)

@@ -8,12 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from rcnn import data, weights
+from rcnn.backbone import measure_frozen_norms
 from rcnn.config import CARD_OPTIONS, Config, check
 from rcnn.evaluate import METRIC, evaluate
-from rcnn.model import FLOAT32_INPUTS, build_model, to_device
+from rcnn.model import FLOAT32_INPUTS, GeneralizedRCNN, build_model, to_device
 from rcnn.recipe import build_optimizer, set_lr
 from zoo_common.amp import Precision
 from zoo_common.config import load_config
@@ -81,10 +83,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.finish(state, config.data.batch_size)
 
 
-def load_start(model: nn.Module, config: Config, run: Run) -> None:
+def load_start(model: GeneralizedRCNN, config: Config, run: Run) -> None:
     """Fills the model from ``weights.start``; a run that resumes has better weights."""
-    if config.weights.start and not config.run.resume:
+    if config.run.resume:
+        return
+    if config.weights.start:
         run.say(weights.load_start(model, Path(config.weights.start), config.model))
+        return
+    # Of noise, so that all processes have the same numbers without sending any.
+    noise_1CHW = 50 * torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    count = measure_frozen_norms(model.backbone, noise_1CHW.to(run.device))
+    run.say(
+        "no start weights: random ones"
+        + (f", with the statistics of noise in {count} frozen norms" if count else "")
+    )
 
 
 def describe(config: Config, index: CocoIndex, model: nn.Module, precision: Precision) -> str:

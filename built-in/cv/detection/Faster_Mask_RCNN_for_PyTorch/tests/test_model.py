@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rcnn.backbone import measure_frozen_norms
 from rcnn.config import Config
 from rcnn.model import FLOAT32_INPUTS, GeneralizedRCNN, build_model
 from rcnn.parity import sample_evenly
@@ -226,6 +227,21 @@ def test_learns_one_batch_by_heart() -> None:
         sums.append(total.item())
     assert math.isfinite(sums[-1])
     assert sum(sums[-5:]) / 5 < 0.5 * sums[0], sums
+
+
+def test_frozen_norms_of_random_weights_take_the_statistics_of_images() -> None:
+    torch.manual_seed(0)
+    model = build_model(narrow_config(), CLASSES).to(DEVICE)
+    images = 50 * torch.randn(2, 3, 128, 96, device=DEVICE)
+    before = [stage.std().item() for stage in model.backbone.bottom_up(images)]
+    assert measure_frozen_norms(model.backbone, images) == 53  # all convolutions of a ResNet-50
+    after = [stage.std().item() for stage in model.backbone.bottom_up(images)]
+    assert before[-1] > 100
+    assert all(0.3 < std < 10 for std in after)
+    # A second time changes nothing: the hooks are gone, and the statistics are those of the images.
+    kept = [buffer.clone() for buffer in model.buffers()]
+    model.backbone(images)
+    assert all(torch.equal(one, other) for one, other in zip(kept, model.buffers(), strict=True))
 
 
 def test_initial_weights_are_drawn_as_upstreams() -> None:
