@@ -138,7 +138,6 @@ def test_two_processes_end_with_the_same_weights_and_share_the_evaluation(
     assert done.returncode == 0, done.stderr
     assert len(detections_of(tmp_path / "two")) > 4
     assert detections_of(tmp_path / "one") == detections_of(tmp_path / "two")
-    assert result["metrics"]["mask_AP50"] > 0
     assert result_of(tmp_path / "one")["metrics"] == result["metrics"]
     assert (tmp_path / "one" / f"{NETWORK}_bs1_1p_eval.log").is_file()
 
