@@ -165,10 +165,9 @@ class Run:
         Raises:
             UserError: no checkpoint, or one that is no training checkpoint of this model.
         """
-        where = self.config.run.resume
-        if not where:
+        path = self.resume_file
+        if path is None:
             return
-        path = self.checkpoints / "last.pth" if where == "last" else Path(where)
         content = self._load_everywhere(path)
         if "step" not in content or "parts" not in content:
             raise UserError(
@@ -308,6 +307,14 @@ class Run:
                 }
                 checkpoint.save(self.checkpoints / "last.pth", content)
                 self.say(f"saved {self.checkpoints.name}/last.pth at step {state.step}")
+
+    @property
+    def resume_file(self) -> Path | None:
+        """The checkpoint that ``--resume`` means, if it was given."""
+        where = self.config.run.resume
+        if not where:
+            return None
+        return self.checkpoints / "last.pth" if where == "last" else Path(where)
 
     @property
     def checkpoints(self) -> Path:

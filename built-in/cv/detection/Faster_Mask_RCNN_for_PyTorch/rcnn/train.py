@@ -36,11 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         data.check_objects(index)
         if config.evaluate.at_end or config.evaluate.every:
             data.check_objects(held_out)
-        if config.run.resume:
-            where = config.run.resume
-            data.check_classes(
-                index, run.checkpoints / "last.pth" if where == "last" else Path(where)
-            )
+        if run.resume_file is not None:
+            data.check_classes(index, run.resume_file)
         solver = config.solver
         total_steps = min(solver.max_iter, config.run.max_steps or solver.max_iter)
         train_data = data.train_stream(config, index, run, total_steps)
@@ -90,7 +87,7 @@ def load_start(model: GeneralizedRCNN, config: Config, run: Run) -> None:
     if config.weights.start:
         run.say(weights.load_start(model, Path(config.weights.start), config.model))
         return
-    # Of noise, so that all processes have the same numbers without sending any.
+    # Of noise, so that no batch has to be loaded before the first step.
     noise_1CHW = 50 * torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     count = measure_frozen_norms(model.backbone, noise_1CHW.to(run.device))
     run.say(
