@@ -185,7 +185,7 @@ def image_text(number: int) -> str:
     return (
         f'{{"license": 3, "file_name": "{name}", "coco_url": "http://images.cocodataset.org/'
         f'train2017/{name}", "height": {HEIGHT}, "width": {WIDTH}, "date_captured": '
-        f'"2013-11-14 11:18:45", "flickr_url": "http://farm9.staticflickr.com/8186/{name}", '
+        f'"2013-11-14 11:18:45", "flickr_url": "http://pictures.example.org/folder/{name}", '
         f'"id": {number}}}'
     )
 

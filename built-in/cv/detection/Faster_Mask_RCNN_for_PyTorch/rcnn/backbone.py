@@ -122,7 +122,7 @@ def measure_frozen_norms(network: nn.Module, images_BCHW: Tensor) -> int:
     """Gives frozen normalisations the statistics of these images, layer after layer.
 
     For a network without loaded weights: its constants are the identity, so that each residual
-    block adds to the size of the activations, which overflow before the last one.
+    block adds to the size of the activations, and the first steps end in NaN.
 
     Returns:
         How many were set.

@@ -4,7 +4,7 @@ Follows detectron2 (modeling/{anchor_generator,proposal_generator/rpn}.py); keys
 its own. What differs, with the same numbers: the dense pass over all anchors makes proposals,
 which carry no gradient, and so runs without one; the losses need the head at the sampled anchors
 only, and compute it there a second time, from the 3x3 cells around each. That saves the dense
-backward pass through the head, a sixth of a training step, and the memory of its activations.
+backward pass through the head, and the memory of its activations.
 One thing differs on purpose: an object that no anchor overlaps makes no anchor foreground
 (detectron2 then takes all that miss it).
 
