@@ -21,6 +21,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ import yaml
 
 from model_dirs import ROOT, ModelDir, find_models
 from zoo_common import npu_env, runs
-from zoo_common.config import Field
+from zoo_common.config import Field, PrecisionConfig, RunConfig, fields_of, options_of, section
+from zoo_common.device import SWITCHES
 
 PLANNED = {
     "built-in/cv/detection/Faster_Mask_RCNN_for_PyTorch": "Faster R-CNN and Mask R-CNN",
@@ -41,6 +43,14 @@ MARKED = re.compile(r"(<!-- ([\w-]+):begin -->\n)(.*?)(<!-- \2:end -->)", re.DOT
 NOT_RUN = "not run"
 
 Row = Iterable[object]
+
+
+@dataclass
+class RunSchema:
+    """The settings of every model that say how a device works."""
+
+    precision: PrecisionConfig = section(PrecisionConfig)
+    run: RunConfig = section(RunConfig)
 
 
 def table(header: Row, rows: Iterable[Row]) -> str:
@@ -211,6 +221,30 @@ def _state(model: ModelDir) -> str:
     return "; ".join(lines)
 
 
+def switches_table(root: Path) -> str:
+    """What the zoo sets on a device or leaves alone, how to change it, and why."""
+    options = options_of(RunSchema)
+    defaults = {field.path: field.default for field in fields_of(RunSchema)}
+    rows: list[Row] = []
+    for switch in SWITCHES:
+        path = f"run.{switch.option}"
+        names = [
+            f"`{option.name}`"
+            for option in options
+            if any(target.partition("=")[0] == path for target in option.targets)
+        ]
+        value = switch.values.get(defaults[path])
+        default = "the library's own" if value is None else f"`{value}`"
+        changed = ", ".join([*names, f"`{path}`"])
+        rows.append(
+            (f"`{switch.target}`", changed, default, ", ".join(switch.kinds), switch.reason)
+        )
+    for variable in npu_env.VARIABLES:
+        changed = "set the variable before the script; it is kept"
+        rows.append((f"`{variable.name}`", changed, f"`{variable.value}`", "npu", variable.reason))
+    return table(("setting", "how to change it", "default", "devices", "reason"), rows)
+
+
 MODEL_TABLES: dict[str, Callable[[ModelDir], str]] = {
     "options": options_table,
     "settings": settings_table,
@@ -218,7 +252,10 @@ MODEL_TABLES: dict[str, Callable[[ModelDir], str]] = {
     "environment": environment_table,
     "results": results_table,
 }
-ROOT_TABLES: dict[str, Callable[[Path], str]] = {"models": models_table}
+ROOT_TABLES: dict[str, Callable[[Path], str]] = {
+    "models": models_table,
+    "switches": switches_table,
+}
 
 
 def fill_model(model: ModelDir, name: str) -> str:

@@ -159,6 +159,18 @@ class RunConfig:
         "arithmetic of float32 convolutions and matrix products; hf32 is TF32 on cuda",
         choices=("auto", "fp32", "hf32"),
     )
+    jit_compile: str = setting(
+        "auto",
+        "compile operators for each new shape on an NPU; auto is off",
+        choices=("auto", "on", "off"),
+        bare="on",
+    )
+    internal_format: str = setting(
+        "auto",
+        "let an NPU keep tensors in layouts of its own; auto is off",
+        choices=("auto", "on", "off"),
+        bare="on",
+    )
     max_steps: int = setting(0, "stop after this many optimizer steps; 0: no limit", at_least=0)
     warmup_steps: int = setting(10, "first steps that throughput leaves out", at_least=0)
     log_every: int = setting(10, "steps between two lines of the record", at_least=1)
@@ -202,6 +214,8 @@ COMMON_OPTIONS: dict[str, str | tuple[str, ...]] = {
     "--max_steps": "run.max_steps",
     "--profile": "run.profile",
     "--deterministic": "run.deterministic",
+    "--jit_compile": "run.jit_compile",
+    "--internal_format": "run.internal_format",
     "--amp": "precision.opt_level",
     "--dtype": "precision.dtype",
     "--loss_scale": "precision.loss_scale",

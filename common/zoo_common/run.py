@@ -469,7 +469,13 @@ def start_run(config: Any, metric: Metric) -> Iterator[Run]:
     environment = distributed.read_environment()
     settings = config.run
     device = devices.resolve(settings.device, index=settings.device_id + environment.local_rank)
-    devices.configure(device, float32=settings.float32, deterministic=settings.deterministic)
+    devices.configure(
+        device,
+        float32=settings.float32,
+        deterministic=settings.deterministic,
+        jit_compile=settings.jit_compile,
+        internal_format=settings.internal_format,
+    )
     processes = distributed.start(device, timeout_s=settings.timeout_s)
     try:
         devices.seed_everything(settings.seed, processes.rank)
