@@ -1,4 +1,4 @@
-"""Training steps as an accelerator runs them, for ``tools/check_static.py``.
+"""Steps as an accelerator runs them, for ``tools/check_static.py`` and ``tools/npu_ops.py``.
 
 On a CPU too they take the plain-torch operators that an NPU runs, not the CPU's own kernels, which
 may look at what is in host memory.
@@ -12,7 +12,9 @@ from torch import Tensor
 from rcnn.config import Config
 from rcnn.model import build_model, to_device
 from rcnn.recipe import build_optimizer, set_lr
-from zoo_common.amp import Precision
+from rcnn.roi_heads import Detections
+from zoo_common.amp import Precision, inference_autocast
+from zoo_common.config import PrecisionConfig
 from zoo_common.detection import ops
 from zoo_common.detection.batching import DetectionBatch
 
@@ -20,9 +22,17 @@ BUCKETS = ((96, 128), (128, 96), (128, 160), (160, 128))
 CLASSES, SLOTS, EDGES, RINGS = 5, 8, 16, 2
 
 
-def build(device: torch.device) -> Callable[[int], object]:
-    """A narrow Mask R-CNN; call ``i`` trains a step on images of sizes that step alone has."""
-    config = narrow_config()
+def build(
+    device: torch.device, opt_level: str = "O0", dtype: str = "auto"
+) -> Callable[[int], object]:
+    """A narrow Mask R-CNN; call ``i`` trains a step on images of sizes that step alone has.
+
+    Args:
+        device: where it runs.
+        opt_level: as ``--amp``.
+        dtype: as ``--dtype``; float16 reads one number a step, see ``zoo_common.amp``.
+    """
+    config = narrow_config(opt_level, dtype)
     torch.manual_seed(0)
     model = to_device(build_model(config, CLASSES, static_shapes=True), device)
     optimizer = build_optimizer(model, config.solver)
@@ -41,9 +51,27 @@ def build(device: torch.device) -> Callable[[int], object]:
     return step
 
 
-def narrow_config() -> Config:
+def evaluation(
+    device: torch.device, opt_level: str = "O0", dtype: str = "auto"
+) -> Callable[[int], object]:
+    """A function that searches the images of batch ``i``; arguments as those of ``build``."""
+    config = narrow_config(opt_level, dtype)
+    torch.manual_seed(0)
+    model = to_device(build_model(config, CLASSES, static_shapes=True), device).eval()
+
+    @torch.no_grad()
+    def step(index: int) -> Detections:
+        batch = draw_batch(index, images=2).to(device)
+        with ops.implementation("reference"), inference_autocast(config.precision, device):
+            found: Detections = model(batch)
+        return found
+
+    return step
+
+
+def narrow_config(opt_level: str = "O0", dtype: str = "auto") -> Config:
     """Mask R-CNN with few channels and samples, otherwise as published."""
-    config = Config()
+    config = Config(precision=PrecisionConfig(opt_level=opt_level, dtype=dtype))
     config.model.stem_channels = 8
     config.model.res2_channels = 32
     config.model.width_per_group = 8

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from twins.config import CARD_OPTIONS, Config
 from twins.data import build_eval_data
@@ -78,16 +78,9 @@ def evaluate(
         was_training = model.training
         model.eval()
         normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD).to(run.device)
-        counts = torch.zeros(3, dtype=torch.int64, device=run.device)  # images, top-1, top-5
+        counts = new_counts(run.device)
         for batch in data or ():
-            labels_B1 = batch.labels_B.to(run.device)[:, None]
-            with inference_autocast(config.precision, run.device):
-                logits_BN = model(normalize(batch.images_BCHW.to(run.device)))
-            best_BK = logits_BN.float().topk(min(5, logits_BN.shape[1])).indices
-            right_BK = best_BK == labels_B1
-            counts[0] += len(labels_B1)
-            counts[1] += right_BK[:, 0].sum()
-            counts[2] += right_BK.sum()
+            count_batch(model, normalize, batch, config, counts)
         model.train(was_training)
         images, top1, top5 = sum_across(counts).tolist()
         if images == 0:
@@ -101,7 +94,34 @@ def evaluate(
         )
 
 
-def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+def new_counts(device: torch.device) -> Tensor:
+    """Zeros for :func:`count_batch`: images, right at the first guess, right among five."""
+    return torch.zeros(3, dtype=torch.int64, device=device)
+
+
+def count_batch(
+    model: nn.Module, normalize: Normalize, batch: Batch, config: Config, counts: Tensor
+) -> None:
+    """Classifies a batch and adds to ``counts``, without reading the device.
+
+    Args:
+        model: gives logits (B, classes).
+        normalize: what the images go through first.
+        batch: on the host.
+        config: for the precision.
+        counts: from :func:`new_counts`; changed in place.
+    """
+    labels_B1 = batch.labels_B.to(counts.device)[:, None]
+    with inference_autocast(config.precision, counts.device):
+        logits_BN = model(normalize(batch.images_BCHW.to(counts.device)))
+    best_BK = logits_BN.float().topk(min(5, logits_BN.shape[1])).indices
+    right_BK = best_BK == labels_B1
+    counts[0] += len(labels_B1)
+    counts[1] += right_BK[:, 0].sum()
+    counts[2] += right_BK.sum()
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """The weights that were scored, float32, with the published keys."""
     inner = getattr(model, "module", model)
     return {key: value.float() for key, value in inner.state_dict().items()}

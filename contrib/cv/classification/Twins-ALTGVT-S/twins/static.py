@@ -1,4 +1,4 @@
-"""Training steps for ``tools/check_static.py``, as train.py takes them on an accelerator."""
+"""Steps as an accelerator runs them, for ``tools/check_static.py`` and ``tools/npu_ops.py``."""
 
 from __future__ import annotations
 
@@ -11,29 +11,34 @@ from PIL import Image
 from twins import recipe
 from twins.config import Config
 from twins.data import Preprocess, TrainTransform
-from twins.model import build_model
+from twins.evaluate import count_batch, new_counts
+from twins.model import Twins, build_model
 from zoo_common.amp import Precision
 from zoo_common.config import PrecisionConfig
-from zoo_common.data import Batch, kept_rng, seed_rng
+from zoo_common.data import Batch, Normalize, kept_rng, seed_rng
+from zoo_common.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 CLASSES, IMAGES, SIZE = 10, 4, 64
 POOL = 6  # batches, taken in turn
 WARMUP = POOL
 
 
-def build(device: torch.device) -> Callable[[int], object]:
+def build(
+    device: torch.device, opt_level: str = "O1", dtype: str = "bfloat16"
+) -> Callable[[int], object]:
     """A function that runs training step i of a narrow Twins with the recipe of ALT-GVT-S.
 
-    float16 reads one number a step, see ``zoo_common.amp``, so it is bfloat16.
+    Args:
+        device: where it runs.
+        opt_level: as ``--amp``.
+        dtype: as ``--dtype``; float16 reads one number a step, see ``zoo_common.amp``.
     """
-    config = Config(precision=PrecisionConfig(opt_level="O1", dtype="bfloat16", clip_grad=5.0))
+    config = make_config(opt_level, dtype)
     batches = [make_batch(config, number) for number in range(POOL)]
     preprocess = Preprocess(SIZE).to(device)
     mixing = recipe.Mixing(num_classes=CLASSES)
     criterion = recipe.ClassificationLoss()
-    model = build_model(
-        "alt_gvt_smoke", num_classes=CLASSES, drop_path_rate=config.model.drop_path
-    ).to(device)
+    model = make_model(config, device)
     optimizer = recipe.build_optimizer(model, lr=1e-3)
     precision = Precision(config.precision, model, optimizer, device)
 
@@ -51,6 +56,36 @@ def build(device: torch.device) -> Callable[[int], object]:
         precision.step(loss)
 
     return step
+
+
+def evaluation(
+    device: torch.device, opt_level: str = "O1", dtype: str = "bfloat16"
+) -> Callable[[int], object]:
+    """A function that classifies batch i as evaluate.py does; arguments as those of ``build``."""
+    config = make_config(opt_level, dtype)
+    batches = [make_batch(config, number) for number in range(POOL)]
+    normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD).to(device)
+    model = make_model(config, device).eval()
+    counts = new_counts(device)
+
+    @torch.no_grad()
+    def step(index: int) -> None:
+        batch = batches[index % POOL]
+        count_batch(model, normalize, batch, config, counts)
+
+    return step
+
+
+def make_config(opt_level: str, dtype: str) -> Config:
+    """The recipe in a precision."""
+    return Config(precision=PrecisionConfig(opt_level=opt_level, dtype=dtype, clip_grad=5.0))
+
+
+def make_model(config: Config, device: torch.device) -> Twins:
+    """The narrow variant with the recipe's drop path."""
+    return build_model(
+        "alt_gvt_smoke", num_classes=CLASSES, drop_path_rate=config.model.drop_path
+    ).to(device)
 
 
 def make_batch(config: Config, number: int) -> Batch:
