@@ -165,6 +165,16 @@ def test_too_little_disk_is_told_before_anything_is_made(
     assert not (copy / ".venv").exists()
 
 
+def test_another_torch_takes_its_own_pins(copy: Path, stub_venv: Path) -> None:
+    assert ensure(copy, ZOO_PLATFORM="npu", ZOO_TORCH="2.7.1").returncode == 0
+    for call in stub_venv.read_text().splitlines():
+        assert f"--constraint {copy}/tools/pins/npu-2.7.1.txt" in call
+        assert "pins/npu.txt" not in call
+    wrong = ensure(copy, ZOO_PLATFORM="npu", ZOO_TORCH="2.7")
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith("ZOO_TORCH=2.7 has no pins for the platform npu: there are npu-")
+
+
 def test_a_wrong_platform_is_told(copy: Path) -> None:
     wrong = ensure(copy, ZOO_PLATFORM="tpu")
     assert wrong.returncode == 1

@@ -63,7 +63,7 @@ def test_a_skeletons_run_starts_and_says_what_to_write(copy: Path, tmp_path: Pat
 def test_every_list_of_models_gets_the_package(copy: Path) -> None:
     assert program(copy, "scaffold.py", "fresh", PLACE).returncode == 0
     text = (copy / "pyproject.toml").read_text()
-    assert text.count(', "fresh"]') == text.count('"twins"') == 4
+    assert text.count(', "fresh"]') == text.count('"twins"') == 5
     assert 'source_modules = ["zoo_common"]' in text
 
 

@@ -53,6 +53,22 @@ def platform_name() -> str:
     return "npu" if cards and sys.platform == "linux" else "default"
 
 
+def pins_name(platform: str, root: Path) -> str:
+    """The file of tools/pins for a platform; ZOO_TORCH asks for an older torch on NPUs."""
+    torch = os.environ.get("ZOO_TORCH")
+    if not torch:
+        return platform
+    name = f"{platform}-{torch}"
+    folder = root / "tools" / "pins"
+    if not (folder / f"{name}.txt").is_file():
+        there = sorted(path.stem for path in folder.glob("*-*.txt"))
+        raise SetupError(
+            f"ZOO_TORCH={torch} has no pins for the platform {platform}: there are "
+            f"{', '.join(there)} in tools/pins, and ZOO_PLATFORM=npu asks for those."
+        )
+    return name
+
+
 class Environment:
     """The virtual environment of one checkout.
 
@@ -69,9 +85,11 @@ class Environment:
         self.venv = root / ".venv"
         self.python = self.venv / "bin" / "python"
         self.platform = platform_name()
+        self.pins = pins_name(self.platform, root)
         self._stamp = self.venv / "zoo-stamp.json"
         self._cut_short = self.venv / "zoo-installing"
         self._log = self.venv / "zoo-pip.log"
+        self._simulator = root / "common" / "npu_sim"
 
     def ensure(self) -> None:
         """Makes the environment, or brings it up to date, unless it is already.
@@ -107,15 +125,15 @@ class Environment:
 
     def _pins(self) -> list[Path]:
         folder = self.root / "tools" / "pins"
-        return [folder / "common.txt", folder / f"{self.platform}.txt"]
+        return [folder / "common.txt", folder / f"{self.pins}.txt"]
 
     def _digest(self, group: str) -> str:
         """A hash of all that decides what is installed, and where the editable sources stand."""
         projects = [self.root / "common", *(model.path for model in find_models(self.root))]
         files = [*self._pins(), *(project / "pyproject.toml" for project in projects)]
         if group == "ci":
-            files.append(self.root / "ci" / "requirements.txt")
-        digest = hashlib.sha256(f"{self.root}\0{self.platform}\0".encode())
+            files += [self._simulator / "pyproject.toml", self.root / "ci" / "requirements.txt"]
+        digest = hashlib.sha256(f"{self.root}\0{self.pins}\0".encode())
         for file in files:
             digest.update(f"{file.relative_to(self.root)}\0".encode() + file.read_bytes())
         return digest.hexdigest()
@@ -164,6 +182,7 @@ class Environment:
         for model in find_models(self.root):
             words += ["--editable", str(model.path)]
         if self.with_ci:
+            words += ["--editable", str(self._simulator)]
             words += ["--requirement", str(self.root / "ci" / "requirements.txt")]
         self._pip(words)
 

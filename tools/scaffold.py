@@ -20,7 +20,7 @@ SUFFIX = ".in"
 PACKAGE_LIST = re.compile(
     r"^((?:root_packages|forbidden_modules|modules|source_modules) = \[)(.*)\]$", re.MULTILINE
 )
-NOT_OF_MODELS = ('"zoo_common"', '"torch_npu"')
+NOT_OF_MODELS = ('"zoo_common"', '"npu_sim"', '"torch_npu"')
 
 
 def refusal(name: str, place: Path, root: Path) -> str | None:

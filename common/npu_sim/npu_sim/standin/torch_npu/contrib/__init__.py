@@ -1,0 +1,1 @@
+"""Names of torch_npu.contrib; nothing behind them is simulated."""
