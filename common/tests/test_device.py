@@ -86,7 +86,8 @@ def test_torch_npu_absent() -> None:
         pytest.skip("this machine has torch_npu")
     message = why_not("npu")
     assert "torch_npu is not installed" in message
-    assert "CPU build" in message and "torch-npu 2.13.0" in message
+    assert "CPU build" in message and "torch==2.14.0+cpu" in message
+    assert "torch-npu==2.14.0" in message
 
 
 def test_cuda_build_of_torch_is_found_before_torch_npu_is_imported(
@@ -146,8 +147,12 @@ def test_driver_absent(install_torch_npu: MakeNpu) -> None:
         ),
         ("import not_a_package", "torch_npu 2.14.0 needs the Python package not_a_package"),
         (
+            "raise Exception('ASCEND_OPP_PATH : /x/opp does not exist. Please check')",
+            "torch_npu 2.14.0 finds only a part of CANN (ASCEND_OPP_PATH names nothing",
+        ),
+        (
             "raise RuntimeError('Two accelerators cannot be used at the same time: x.\\nmore')",
-            "importing torch_npu 2.14.0 failed (Two accelerators cannot be used at the same time)",
+            "torch 2.14.1+cpu has another accelerator already, and torch allows none beside",
         ),
     ],
 )

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from zoo_common import npu_env
+from zoo_common import npu_env, versions_npu
 from zoo_common.errors import UserError
 
 _ALIASES = {"gpu": "cuda", "gp": "cuda"}
@@ -52,7 +52,7 @@ def resolve(name: str = "auto", index: int | None = None) -> torch.device:
     kind, first = _parse(name)
     if kind == "auto":
         kind = _best_kind()
-    elif reason := _reason_against(kind):
+    elif reason := reason_against(kind):
         raise UserError(f"Device {name} cannot be used: {reason}.")
     if kind == "cpu":
         return torch.device("cpu")
@@ -97,7 +97,7 @@ def _best_kind() -> str:
     return kind
 
 
-def _reason_against(kind: str) -> str | None:
+def reason_against(kind: str) -> str | None:
     """Why devices of this kind cannot be used, or None when they can."""
     if kind == "npu":
         return _npu_reason()
@@ -149,7 +149,7 @@ def _torch_npu_reason() -> str | None:
     if not _torch_npu_is_installed():
         return (
             "torch_npu is not installed; install it beside the CPU build of the same version of "
-            "torch, such as torch-npu 2.13.0 and torch 2.13.0"
+            f"torch: {versions_npu.install_command()}"
         )
     torch_version = str(torch.__version__)
     version = _installed("torch-npu") or "(unknown version)"
@@ -166,27 +166,48 @@ def _torch_npu_reason() -> str | None:
         )
     try:
         importlib.import_module("torch_npu")
-    except (ImportError, OSError, RuntimeError) as error:
-        return _import_reason(error, f"torch_npu {version}")
+    except Exception as error:  # where a part of CANN is missing torch_npu raises just that
+        return _import_reason(error, version)
     return None
 
 
-def _import_reason(error: Exception, what: str) -> str:
+def _import_reason(error: Exception, version: str) -> str:
     """Tells why the import of torch_npu failed."""
-    text = str(error)
+    text, what = str(error), f"torch_npu {version}"
     if library := re.search(r"(lib[\w.+-]+): cannot open shared object file", text):
-        return _library_reason(library[1], what)
+        return _library_reason(library[1], version)
     if "undefined symbol" in text:
-        return (
+        return _cann_too_old(version) or (
             f"{what} does not fit torch {torch.__version__} or the installed CANN "
             f"({_first_sentence(error)}); install versions that belong together"
+        )
+    if part := re.search(r"(ASCEND_\w+_PATH) : .* does not exist", text):
+        return (
+            f"{what} finds only a part of CANN ({part[1]} names nothing that is there); install "
+            "CANN's toolkit and operator package, then run: source test/env_npu.sh"
+        )
+    if "Two accelerators" in text:
+        return (
+            f"torch {torch.__version__} has another accelerator already, and torch allows none "
+            f"beside {what}; install the CPU build of torch"
         )
     if isinstance(error, ModuleNotFoundError):
         return f"{what} needs the Python package {error.name}; install it"
     return f"importing {what} failed ({_first_sentence(error)})"
 
 
-def _library_reason(library: str, what: str) -> str:
+def _cann_too_old(version: str) -> str | None:
+    """Says that the CANN here is older than what this torch_npu works with, if it is."""
+    cann = npu_env.find_cann()
+    release = cann and npu_env.cann_version(cann)
+    if not release:
+        return None
+    verdict = versions_npu.judge_cann(version, release)
+    return f"{verdict.text}; {verdict.advice}" if verdict.status == "problem" else None
+
+
+def _library_reason(library: str, version: str) -> str:
+    what = f"torch_npu {version}"
     if library.startswith("libascend_hal"):
         return (
             f"{what} is installed, but the NPU driver's {library} is missing; install the driver, "
@@ -199,7 +220,7 @@ def _library_reason(library: str, what: str) -> str:
             "source test/env_npu.sh"
         )
     if cann.set_env is None:
-        return (
+        return _cann_too_old(version) or (
             f"{what} is installed, but the CANN in {cann.home} does not bring {library}, or "
             "LD_LIBRARY_PATH has lost it; source its set_env.sh again, or install the CANN release "
             "that belongs to torch_npu"
@@ -233,7 +254,7 @@ def count(kind: str) -> int:
         kind: ``npu``, ``cuda`` or ``cpu``.
     """
     assert kind in ("npu", "cuda", "cpu"), kind
-    if _reason_against(kind) is not None:
+    if reason_against(kind) is not None:
         return 0
     if kind == "npu":
         return _loaded_npus()

@@ -216,12 +216,12 @@ def cann_version(cann: Cann) -> str | None:
     return _entries(cann.home / "compiler/version.info").get("Version")
 
 
-def driver_version(environ: Mapping[str, str] | None = None) -> str | None:
-    """The release of the NPU driver as its installation records it, or None."""
+def driver_version(environ: Mapping[str, str] | None = None, part: str = "driver") -> str | None:
+    """The release of the NPU driver, or of the ``firmware``, as its installation records it."""
     root = _system_root(os.environ if environ is None else environ)
     recorded = _entries(root / "etc/ascend_install.info").get("Driver_Install_Path_Param")
     base = root / (recorded or "/usr/local/Ascend").lstrip("/")
-    return _entries(base / "driver/version.info").get("Version")
+    return _entries(base / part / "version.info").get("Version")
 
 
 def make_plan(environ: Mapping[str, str] | None = None) -> Plan:
