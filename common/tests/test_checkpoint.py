@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from zoo_common import checkpoint
+from zoo_common import checkpoint, device
 from zoo_common.errors import TrainingError, UserError
+
+DEVICE = device.resolve(os.environ.get("ZOO_TEST_DEVICE", "cpu"))
 
 
 def network(classes: int = 3) -> nn.Module:
@@ -32,6 +34,34 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert loaded["rng"] == content["rng"]
     torch.testing.assert_close(loaded["model"], dict(content["model"]), rtol=0, atol=0)
     assert [file.name for file in path.parent.iterdir()] == ["last.pth"]
+
+
+@pytest.mark.device
+def test_what_a_device_saved_is_read_without_it(tmp_path: Path) -> None:
+    """torch.load without map_location, as other tools call it, wants the device of a tensor."""
+    path = tmp_path / "last.pth"
+    model = network().to(DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 4, device=DEVICE)).sum().backward()
+    optimizer.step()
+    weights = model.state_dict()
+    weights["tied.weight"] = weights["0.weight"]
+    checkpoint.save(path, {"model": weights, "parts": [optimizer.state_dict(), (1, "x")]})
+    script = (
+        "import sys, torch; read = torch.load(sys.argv[1], weights_only=True); "
+        "model, (optimizer, plain) = read['model'], read['parts']; "
+        "tensors = [*model.values(), *(v for s in optimizer['state'].values() for v in s.values())]"
+        "; assert {t.device.type for t in tensors} == {'cpu'}; assert plain == (1, 'x'); "
+        "assert model['tied.weight'].data_ptr() == model['0.weight'].data_ptr(); "
+        "assert model._metadata['0'] == {'version': 1}; "
+        "print(model['0.weight'].sum().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(weights["0.weight"].sum().item(), rel=1e-6)
+    loaded = checkpoint.load(path)["model"]
+    model.load_state_dict({key: loaded[key] for key in model.state_dict()})
+    assert all(torch.equal(loaded[key], value.cpu()) for key, value in weights.items())
 
 
 @pytest.mark.parametrize(
@@ -147,14 +177,20 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
         assert bool((weights == weights[0]).all())
 
 
+@pytest.mark.device
 def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
-    cpu = torch.device("cpu")
+    def draw() -> list[float]:
+        ours = torch.rand(1, device=DEVICE).item()
+        return [random.random(), np.random.randn(), np.random.rand(), torch.rand(1).item(), ours]
+
     np.random.seed(3)
     np.random.randn()  # leaves half of a pair behind
-    checkpoint.save(tmp_path / "c.pth", {"model": {}, "rng": checkpoint.rng_state(cpu)})
-    draws = [random.random(), np.random.randn(), np.random.rand(), torch.rand(1).item()]
-    checkpoint.set_rng_state(checkpoint.load(tmp_path / "c.pth")["rng"], cpu)
-    assert draws == [random.random(), np.random.randn(), np.random.rand(), torch.rand(1).item()]
+    torch.rand(3, device=DEVICE)
+    rng = checkpoint.saved_rng_state(checkpoint.rng_state(DEVICE))
+    checkpoint.save(tmp_path / "c.pth", {"model": {}, "rng": rng})
+    draws = draw()
+    checkpoint.set_rng_state(checkpoint.load(tmp_path / "c.pth")["rng"], DEVICE)
+    assert draws == draw()
 
 
 def test_a_read_only_place_is_told() -> None:

@@ -18,6 +18,8 @@ from zoo_common.launch import share_of_cores
 from zoo_common.preflight import Place, network
 
 TOY = Path(__file__).with_name("toy")
+DEVICE = os.environ.get("ZOO_TEST_DEVICE", "cpu")
+ABSENT = "cuda" if DEVICE == "npu" else "npu"  # a machine has one kind of card
 
 
 @pytest.fixture
@@ -157,6 +159,15 @@ def test_a_users_mistake_in_a_rank_is_one_sentence(toy: Path) -> None:
     done = launch(toy, "train_1p", "fault.kind=user", "fault.step=1")
     assert done.returncode == 2
     assert done.stderr == "error: The toy was wound up wrongly: turn the key the other way.\n"
+
+
+def test_a_full_card_is_one_sentence(toy: Path) -> None:
+    done = launch(toy, "train_1p", "fault.kind=memory", "fault.step=2")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "rank 0 failed: The card has no memory for 2.50 GiB more: take a smaller --batch_size, or "
+        "half precision with --amp=O1 or O2.\n"
+    )
 
 
 def test_a_loss_of_nan_stops_before_the_optimizer_and_names_the_images(toy: Path) -> None:
@@ -326,7 +337,7 @@ def test_a_machine_that_finds_no_other_says_so_in_time(toy: Path, free_port: int
         (["train_3p"], "Toy has no run 'train_3p': did you mean train_2p?"),
         (["train_1p", "--stepz=3"], "did you mean --steps?"),
         (["train_1p", "--batch_size=0"], "--batch_size=0: data.batch_size must be at least 1"),
-        (["train_1p", "--device=npu"], "Device npu cannot be used: torch_npu is not installed"),
+        (["train_1p", f"--device={ABSENT}"], f"Device {ABSENT} cannot be used: "),
         (["train_1p", "--device=tpu"], "--device=tpu is no device"),
         (["train_1p", "--output_dir=/proc/zoo"], "Cannot make the output directory /proc/zoo"),
         (["train_1p", "--weights=none.pth"], "weights: there is no checkpoint file"),
@@ -400,6 +411,21 @@ def test_a_profile_is_written_where_the_help_says(toy: Path) -> None:
     traces = list((toy / "test" / "output" / "0" / "profile").glob("*.json*"))
     assert len(traces) == 1
     assert "traceEvents" in traces[0].read_text()
+
+
+def test_a_short_run_traces_what_it_has_and_says_so(toy: Path) -> None:
+    done = launch(toy, "train_1p", "--profile=5", "--steps=3")
+    assert done.returncode == 0, done.stderr
+    assert "2 of 5 steps are traced" in done.stdout
+    assert len(list((toy / "test" / "output" / "0" / "profile").glob("*"))) == 1
+
+
+def test_help_ends_well_when_its_reader_leaves(toy: Path) -> None:
+    command = (
+        f"{sys.executable} -m zoo_common.launch train_1p --help | true; exit ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", command], cwd=toy, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

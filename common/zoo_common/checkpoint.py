@@ -11,6 +11,7 @@ weights file for any tool that reads ``{"model": state_dict}``.
 
 import argparse
 import contextlib
+import copy
 import os
 import pickle
 import random
@@ -40,7 +41,8 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
 
     Args:
         path: the file; a temporary one beside it is renamed over it at the end.
-        content: plain containers and tensors only.
+        content: plain containers and tensors only; tensors of any device are written as the
+            CPU's, since torch reads others only where there is such a device.
 
     Raises:
         SaveError: the disk is full, read-only or gone.
@@ -49,7 +51,7 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as stream:
-            torch.save(dict(content), stream)
+            torch.save(_on_cpu(dict(content), {}), stream)
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
@@ -64,6 +66,28 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
             f"Cannot write the checkpoint {path}: {cause.strerror}; "
             "the one saved before, if any, is whole: free some room and continue with --resume."
         ) from error
+
+
+def _on_cpu(node: Any, moved: dict[object, Tensor]) -> Any:
+    """A copy of containers with all tensors on the CPU.
+
+    Args:
+        node: plain containers and tensors.
+        moved: what was moved already, so that tied weights are written once and stay tied.
+    """
+    if isinstance(node, Tensor) and node.device.type != "cpu":
+        key = (node.data_ptr(), node.dtype, node.shape, node.stride(), node.device)
+        if key not in moved:
+            moved[key] = node.detach().cpu()
+        return moved[key]
+    if isinstance(node, dict):
+        held = copy.copy(node)  # a state_dict has an attribute with its modules' versions
+        for name, value in node.items():
+            held[name] = _on_cpu(value, moved)
+        return held
+    if isinstance(node, (list, tuple)):
+        return type(node)(_on_cpu(value, moved) for value in node)
+    return node
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -173,21 +197,33 @@ def select(
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """The state of every generator that a training step draws from, as plain data."""
+    """The state of every generator that a training step draws from.
+
+    Numbers are NumPy arrays, which travel between processes by plain pickling: a tensor would go
+    through torch.save, of which torch_npu has its own that warns. :func:`saved_rng_state` is what
+    a checkpoint holds.
+    """
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = cast(Any, np.random.get_state())
     state = {
-        "torch": torch.get_rng_state(),
+        "torch": torch.get_rng_state().numpy(),
         "python": [version, list(words), gauss],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "numpy": [kind, keys.astype(np.int64), position, has_gauss, cached],
     }
     if device.type != "cpu":
-        state["device"] = torch.get_device_module(device).get_rng_state(device)
+        state["device"] = torch.get_device_module(device).get_rng_state(device).numpy()
     return state
 
 
+def saved_rng_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`rng_state` took, with tensors for arrays, as :func:`save` wants it."""
+    kind, keys, *rest = state["numpy"]
+    arrays = {name: torch.from_numpy(state[name]) for name in ("torch", "device") if name in state}
+    return {**state, **arrays, "numpy": [kind, torch.from_numpy(keys), *rest]}
+
+
 def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Puts back what :func:`rng_state` took."""
+    """Puts back what :func:`saved_rng_state` gave."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]

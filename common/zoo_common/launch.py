@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from zoo_common.agent import Failure, Outcome
     from zoo_common.preflight import Place
 
-"""The directory from which the user started the script; relative paths are meant from there."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
@@ -35,16 +33,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         model = runs.load(Path.cwd())
         if words and words[0] == "--list":
-            print(_list(model))
+            print(_list(model), flush=True)
             return 0
         if not words or words[0] in ("-h", "--help"):
             print(f"usage: python3 -m zoo_common.launch RUN [OPTION ...]\n\n{_list(model)}")
-            print("\n'RUN --help' lists the options of a run.")
+            print("\n'RUN --help' lists the options of a run.", flush=True)
             return 0 if words else 2
         name, *rest = words
         spec = model.run(name)
         if "-h" in rest or "--help" in rest:
-            print(_help(model, name, spec))
+            print(_help(model, name, spec), flush=True)
             return 0
         return _launch(model, name, spec, rest)
     except UserError as error:
@@ -52,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # --help | head: who read has gone, also for what Python still holds
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _launch(model: Model, name: str, spec: RunSpec, words: list[str]) -> int:

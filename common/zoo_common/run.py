@@ -202,17 +202,18 @@ class Run:
         ``state.step`` is the number of the step under way. All ranks stop at the same step.
         """
         left = state.total_steps - state.step
+        warmup = min(self.config.run.warmup_steps, left // 2)
         self._first_step = state.step + 1
         self._clock = StepClock(
             state.global_batch,
-            min(self.config.run.warmup_steps, left // 2),
+            warmup,
             lambda: devices.synchronize(self.device),
         )
         with devices.profiler(
             self.device,
             self.directory / "profile",
-            self.config.run.profile if self.processes.is_main else 0,
-            self.config.run.warmup_steps,
+            self._traced_steps(left, warmup),
+            warmup,
         ) as profile_step:
             state.data.seek(state.step)
             batches = iter(state.data)
@@ -230,6 +231,14 @@ class Run:
                 profile_step()
         self._agreement.drain()
         self._throughput = self._clock.throughput()
+
+    def _traced_steps(self, left: int, warmup: int) -> int:
+        """How many of the steps that are left ``--profile`` traces; the first is no measure."""
+        asked = self.config.run.profile if self.processes.is_main else 0
+        traced = max(0, min(asked, left - max(1, warmup)))
+        if traced < asked:
+            self.say(f"--profile: the run is short, {traced} of {asked} steps are traced")
+        return traced
 
     def total(self, losses: Mapping[str, Tensor], item_ids: Sequence[str]) -> Tensor:
         """The sum of the loss parts, kept for the record and watched for NaN and infinity.
@@ -302,7 +311,7 @@ class Run:
                     "epoch": state.epoch,
                     "best": state.best,
                     "parts": {name: part.state_dict() for name, part in state.stateful().items()},
-                    "rng": rng,
+                    "rng": [checkpoint.saved_rng_state(state) for state in rng],
                     "config": to_yaml(self.config),
                 }
                 checkpoint.save(self.checkpoints / "last.pth", content)

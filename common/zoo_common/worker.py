@@ -10,6 +10,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -52,8 +53,20 @@ def main() -> None:
         advice = f"{words}: free some room and continue with --resume."
         _report(1, advice if full else words, "" if full else traceback.format_exc())
     except Exception as error:
+        if isinstance(error, RuntimeError) and "out of memory" in str(error):
+            _report(1, _out_of_memory(str(error)), "")
         _report(1, f"{type(error).__name__}: {error}", traceback.format_exc())
     _end(0)
+
+
+def _out_of_memory(words: str) -> str:
+    """One sentence for what torch and torch_npu say in many when a card's memory is full."""
+    wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", words)
+    more = f" for {wanted[1]} more" if wanted else ""
+    return (
+        f"The card has no memory{more}: take a smaller --batch_size, or half precision with "
+        "--amp=O1 or O2."
+    )
 
 
 def _write_to_own_log() -> None:
