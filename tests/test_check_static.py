@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from zoo_common import device
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.device
+
 DEVICE = device.resolve(os.environ.get("ZOO_TEST_DEVICE", "cpu"))
 NONE = "check_static: 0 host syncs, 0 new pairs after the warm-up"
 
@@ -28,6 +30,16 @@ def reads(device):
         values = torch.ones(3 + index, device=device)
         if values.sum() > 2:
             values.mul_(2)
+
+    return step
+
+
+def uploads(device):
+    def step(index):
+        batch = torch.ones(4, 8).pin_memory().to(device, non_blocking=True)
+        torch.nn.functional.relu(batch).sum()
+        if index == 3:
+            torch.tensor([1.0]).to(device)
 
     return step
 
@@ -261,6 +273,46 @@ def test_a_peer_is_measured_and_its_lines_are_named(check_peer: Callable[..., To
     assert "other.py:7 step: if values.sum() > 2:" in told.out
     last = told.out.splitlines()[-1]
     assert last == "check_static: 5 host syncs, 9 new pairs after the warm-up"
+
+
+def run_on_npu(*words: str, place: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "check_static.py"), *words, "--device=npu"],
+        capture_output=True,
+        text=True,
+        cwd=place,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=500,
+    )
+
+
+def test_a_simulated_npu_shows_copies_and_waits(tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text(PEER)
+    told = run_on_npu("--peer=other:uploads", "--steps=4", "--warmup=1", place=tmp_path)
+    assert told.returncode == 1, told.stderr
+    lines = told.stdout.splitlines()
+    assert lines[0] == "other:uploads: 4 steps on npu:0 (simulated)"
+    assert "copies to the device a step: 1 to 2, 1.2 on average; bytes: 128 to 132" in told.stdout
+    assert lines[-1].startswith("check_static: 1 host syncs, ")
+    assert "host sync: copy in" in told.stdout  # what is not pinned waits
+    assert "other.py:18 step: torch.tensor([1.0]).to(device)" in told.stdout
+
+
+def test_a_simulated_npu_shows_what_reads_it(tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text(PEER)
+    told = run_on_npu("--peer=other:reads", "--steps=5", "--warmup=2", place=tmp_path)
+    assert told.returncode == 1, told.stderr
+    assert "host syncs a step: 1" in told.stdout
+    assert "other.py:7 step: if values.sum() > 2:" in told.stdout
+    assert told.stdout.splitlines()[-1].startswith("check_static: 5 host syncs, ")
+
+
+@pytest.mark.parametrize("model", ["twins", "rcnn"])
+def test_our_models_train_on_a_simulated_npu_without_any(model: str) -> None:
+    told = run_on_npu(model, "--steps=12")
+    assert told.stdout.splitlines()[-1] == NONE, told.stdout + told.stderr
+    assert "(simulated)" in told.stdout.splitlines()[0]
+    assert told.returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -108,3 +108,22 @@ def test_planned_models_leave_the_list_when_they_exist(copy: Path) -> None:
     (copy / planned).mkdir(parents=True)
     tables(copy)
     assert not rows(copy / "README.md", f"`{planned}`")
+
+
+def test_operators_come_from_the_record_of_npu_ops(copy: Path) -> None:
+    readme = copy / TWINS / "README.md"
+    assert tables(copy).returncode == 0
+    newest = rows(readme, "2.")[-1]
+    assert newest[0].endswith("2.14") and newest[1] == "yes" and newest[-1] == "none"
+
+    file = copy / TWINS / "npu_operators.json"
+    record = json.loads(file.read_text())
+    record["versions"][-1]["fallbacks"] = ["torchvision::nms"]
+    file.write_text(json.dumps(record))
+    assert tables(copy, "--check").returncode == 1
+    assert tables(copy).returncode == 0
+    assert rows(readme, "2.")[-1][-1] == "`torchvision::nms`"
+
+    file.unlink()
+    assert tables(copy).returncode == 0
+    assert "Not recorded: `python tools/npu_ops.py twins" in readme.read_text()

@@ -57,7 +57,7 @@ README_HEADINGS = (
     "公网地址说明",
     "Differences from the original",
 )
-README_TABLES = ("options", "environment", "results")
+README_TABLES = ("options", "environment", "operators", "results")
 LEVELS = {
     "GPUStatus": {"OK", "NOK"},
     "NPUMigrationStatus": {"OK", "POK", "NOK"},

@@ -1,6 +1,6 @@
 """Proves that a training step reads nothing back to the host and has a fixed set of shapes.
 
-    python tools/check_static.py MODEL_DIR [--steps 40] [--warmup 8] [--device cpu]
+    python tools/check_static.py MODEL_DIR [--steps 40] [--warmup 8] [--device npu]
     python tools/check_static.py --peer MODULE:BUILD ...
 
 The module ``<package>/static.py`` of MODEL_DIR has
@@ -12,9 +12,11 @@ The module ``<package>/static.py`` of MODEL_DIR has
                             and without either it is 8
 
 ``static_recorder.py`` says what a host sync and an (operator, shapes) pair are, and what can be
-seen of them on a CPU. Any sync, and any new pair after the warm-up, is printed with the line that
-causes it. ``--peer`` takes any importable function like ``build``, to measure other programs; the
-working directory is searched too.
+seen of them on a CPU. With --device=npu the steps run on this machine's NPU, and where there is
+none, on the simulated one, which sees what a CPU cannot: each copy between host and device, and
+waits within torch (``npu_static.py``). Any sync, and any new pair after the warm-up, is printed
+with the line that causes it. ``--peer`` takes any importable function like ``build``, to measure
+other programs; the working directory is searched too.
 
 The exit code is 0 if there are none, 1 if there are any, and 2 if it could not be found out.
 """
@@ -29,6 +31,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import npu_simulator
 from model_dirs import choose_model
 
 if TYPE_CHECKING:
@@ -73,6 +76,13 @@ def find_build(options: argparse.Namespace) -> tuple[str, Callable[[torch.device
     return title, build, getattr(module, "WARMUP", WARMUP)
 
 
+def has_no_npu() -> bool:
+    """Whether neither an NPU nor the simulated one is here."""
+    from zoo_common import device as devices
+
+    return not npu_simulator.is_here() and devices.count("npu") == 0
+
+
 def check(options: argparse.Namespace) -> int:
     """Counts and prints; the exit code."""
     import static_recorder
@@ -80,6 +90,7 @@ def check(options: argparse.Namespace) -> int:
     from zoo_common.errors import UserError
 
     device = devices.resolve(options.device)
+    simulated = device.type == "npu" and npu_simulator.is_here()
     title, build, warmup = find_build(options)
     warmup = warmup if options.warmup is None else options.warmup
     if not 0 <= warmup < options.steps:
@@ -88,8 +99,13 @@ def check(options: argparse.Namespace) -> int:
             "more steps, or a smaller --warmup."
         )
     step = build(device)
-    print(f"{title}: {options.steps} steps on {device}")
-    report = static_recorder.count(step, steps=options.steps, warmup=warmup, device=device)
+    print(f"{title}: {options.steps} steps on {device}{' (simulated)' if simulated else ''}")
+    if simulated:
+        import npu_static
+
+        report = npu_static.count(step, steps=options.steps, warmup=warmup)
+    else:
+        report = static_recorder.count(step, steps=options.steps, warmup=warmup, device=device)
     print(report.describe())
     syncs, pairs = sum(report.syncs), sum(report.late_pairs)
     print(f"check_static: {syncs} host syncs, {pairs} new pairs after the warm-up")
@@ -108,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=STEPS, help=f"steps (default {STEPS})")
     parser.add_argument("--warmup", type=int, help="steps until every size has been there")
     parser.add_argument("--device", default="cpu", help="auto, npu, cuda or cpu (default cpu)")
-    options = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    options = parser.parse_args(words)
     try:
         from zoo_common.errors import UserError
     except ImportError as error:
@@ -119,6 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     try:
+        if options.device == "npu" and has_no_npu():
+            return npu_simulator.run_again(__file__, words)
         return check(options)
     except UserError as error:
         print(f"check_static: {error}", file=sys.stderr)

@@ -1,14 +1,20 @@
 """Compares a model of this zoo with numbers that its upstream recorded.
 
-    python tools/parity.py MODEL_DIR CASE.json [--tol TOL]
+    python tools/parity.py MODEL_DIR CASE.json [--tol TOL] [--device npu]
 
 A case is CASE.json and CASE.safetensors: a tree with the inputs, the weights and what upstream
 made of them. The module ``<package>/parity.py`` of MODEL_DIR computes the same things under the
 same names:
 
     GIVEN                   fnmatch patterns of the paths that a case gives; the rest is recorded
-    TOLERANCE               the largest relative difference that agrees; --tol overrides it
-    compute(case) -> tree   ``case`` is the JSON's tree with tensors in the place of their paths
+    TOLERANCE               the largest relative difference that agrees in float64, and
+    FLOAT32_TOLERANCE       in float32; --tol overrides both
+    compute(case, device, dtype) -> tree
+                            ``case`` is the JSON's tree with tensors in the place of their paths,
+                            on the CPU; the tree's tensors may be anywhere
+
+On a CPU ``dtype`` is float64, so that a difference shows a mistake and not rounding. Accelerators
+compute in float32: NPUs lack most operators in float64.
 
 A recorded thing is a tensor, a tensor's summary, a number, a text, or a list of numbers or texts.
 Its relative difference is max|ours - recorded| / max|recorded| over the whole thing. Of a
@@ -31,7 +37,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 NOISE = 1e-9  # of the largest gradient: rounding
 GRADIENTS = ("grad_norm", "grad_norms")
@@ -99,6 +108,22 @@ def load_model_parity(model_dir: Path) -> ModuleType:
         )
     sys.path.insert(0, str(model_dir.resolve()))
     return importlib.import_module(f"{found[0].parent.name}.parity")
+
+
+def place(name: str) -> tuple[torch.device, torch.dtype]:
+    """The device of that name with its switches set, and the dtype to compare in on it.
+
+    Raises:
+        UserError: There is no such device, or it cannot be used.
+    """
+    import torch
+
+    from zoo_common import device as devices
+
+    device = devices.resolve(name)
+    # HF32 would keep fewer bits than the tolerance asks for.
+    devices.configure(device, float32="fp32")
+    return device, torch.float64 if device.type == "cpu" else torch.float32
 
 
 def _is_tensor(node: Any) -> bool:
@@ -170,7 +195,8 @@ def _number_difference(recorded: Any, ours: Any) -> tuple[float, str]:
     import torch
 
     try:
-        a = torch.as_tensor(ours, dtype=torch.float64, device="cpu").detach()
+        ours = ours.detach().cpu() if isinstance(ours, torch.Tensor) else ours
+        a = torch.as_tensor(ours, dtype=torch.float64)
         b = torch.as_tensor(recorded, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
         return math.inf, f"a {type(ours).__name__} instead of numbers"
@@ -234,9 +260,11 @@ def noise_paths(things: Sequence[tuple[str, Any, Any]], tolerance: float) -> set
     return noise
 
 
-def compare(case: Mapping[str, Any], module: ModuleType, tolerance: float) -> tuple[int, int]:
+def compare(
+    case: Mapping[str, Any], ours: Any, given: Sequence[str], tolerance: float
+) -> tuple[int, int]:
     """Prints a line for each recorded thing; how many were compared, how many are beyond."""
-    things = list(recorded_things(case, module.compute(case), module.GIVEN))
+    things = list(recorded_things(case, ours, given))
     noise = noise_paths(things, tolerance)
     width = max((len(path) for path, _, _ in things), default=0)
     compared = beyond = 0
@@ -263,6 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model_dir", type=Path, help="a model's directory")
     parser.add_argument("case", type=Path, help="CASE.json, with CASE.safetensors beside it")
     parser.add_argument("--tol", type=float, help="largest relative difference that agrees")
+    parser.add_argument("--device", default="cpu", help="auto, npu, cuda or cpu (default cpu)")
     options = parser.parse_args(argv)
     try:
         import safetensors  # noqa: F401  (load_case's, checked here with a message)
@@ -276,10 +305,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     try:
+        device, dtype = place(options.device)
         module = load_model_parity(options.model_dir)
         case = load_case(options.case)
-        tolerance = module.TOLERANCE if options.tol is None else options.tol
-        compared, beyond = compare(case, module, tolerance)
+        rounded = dtype.itemsize < 8
+        tolerance = module.FLOAT32_TOLERANCE if rounded else module.TOLERANCE
+        if options.tol is not None:
+            tolerance = options.tol
+        ours = module.compute(case, device, dtype)
+        compared, beyond = compare(case, ours, module.GIVEN, tolerance)
     except UserError as error:
         print(f"parity: {error}", file=sys.stderr)
         return 2

@@ -1,5 +1,7 @@
 """Counts what makes a step slow on an accelerator: host syncs, and operator shapes not seen before.
 
+This is for CPUs and GPUs, and for real NPUs; ``npu_static.py`` counts on the simulated NPU.
+
 ::
 
     report = count(step, steps=40, warmup=8, device=torch.device("cpu"))
@@ -38,12 +40,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import linecache
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 from unittest import mock
 
@@ -57,7 +60,8 @@ SYNC = "host sync"
 NEW_PAIR = "new shapes"
 
 _TORCH = str(Path(torch.__file__).parent)
-_UNSEEN = (_TORCH, __file__, contextlib.__file__, functools.__file__)
+_UNSEEN = (_TORCH, contextlib.__file__, functools.__file__)
+_TOOLS = Path(__file__).parent
 _FRAMES = 4
 _WORST = 12
 _DEPENDS_ON_DATA = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
@@ -110,9 +114,7 @@ class Offender:
         lines = [f"{head.rstrip()}, {count}"]
         for depth, (file, line, function) in enumerate(self.stack):
             code = linecache.getline(file, line).strip()
-            lines.append(
-                f"  {'  from ' if depth else '  '}{_short(file)}:{line} {function}: {code}"
-            )
+            lines.append(f"  {'  from ' if depth else '  '}{short(file)}:{line} {function}: {code}")
         return "\n".join(lines)
 
 
@@ -126,6 +128,8 @@ class Report:
         new_pairs: (operator, shapes) pairs that no earlier step had, by step.
         warmup: steps whose new pairs are no offence.
         offenders: the lines to blame, the most frequent first.
+        uploads: copies from the host to the device by step, where they can be seen.
+        uploaded_bytes: what these copied, by step.
     """
 
     operators: list[int]
@@ -133,6 +137,8 @@ class Report:
     new_pairs: list[int]
     warmup: int
     offenders: list[Offender]
+    uploads: list[int] = field(default_factory=list)
+    uploaded_bytes: list[int] = field(default_factory=list)
 
     @property
     def late_pairs(self) -> list[int]:
@@ -153,6 +159,11 @@ class Report:
             f"new (operator, shapes) pairs a step: {_range(self.late_pairs)} after {self.warmup} "
             f"steps, which had {known}",
         ]
+        if self.uploads:
+            lines.append(
+                f"copies to the device a step: {_range(self.uploads)}; bytes: "
+                f"{_range(self.uploaded_bytes)}"
+            )
         lines += [offender.describe() for offender in self.offenders[:worst]]
         if 0 < worst < len(self.offenders):
             lines.append(f"... and {len(self.offenders) - worst} more lines")
@@ -343,14 +354,23 @@ def _address(tensor: Tensor) -> int:
 
 def _stack() -> tuple[Frame, ...]:
     """The innermost frames outside PyTorch."""
-    found: list[Frame] = []
-    frame = sys._getframe(1)
-    while frame is not None and len(found) < _FRAMES:
-        file = frame.f_code.co_filename
-        if not file.startswith(_UNSEEN):
-            found.append((file, frame.f_lineno, frame.f_code.co_name))
-        frame = frame.f_back  # type: ignore[assignment]
-    return tuple(found)
+    return innermost(_frames(sys._getframe(1)))
+
+
+def _frames(frame: FrameType | None) -> Iterator[Frame]:
+    while frame is not None:
+        yield frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
+        frame = frame.f_back
+
+
+def innermost(frames: Iterable[Frame]) -> tuple[Frame, ...]:
+    """The first few of a stack's frames that are not of PyTorch or of the tools beside this."""
+    seen = (
+        frame
+        for frame in frames
+        if not frame[0].startswith(_UNSEEN) and Path(frame[0]).parent != _TOOLS
+    )
+    return tuple(itertools.islice(seen, _FRAMES))
 
 
 def _shapes(tensors: Sequence[Tensor], most: int = 4) -> str:
@@ -358,7 +378,7 @@ def _shapes(tensors: Sequence[Tensor], most: int = 4) -> str:
     return " ".join([*shown, "..."] if len(tensors) > most else shown)
 
 
-def _short(file: str) -> str:
+def short(file: str) -> str:
     """A path from the working directory or an import root on, without what lies above."""
     for root in (str(Path.cwd()), *sys.path):
         if root and file.startswith(root + "/"):

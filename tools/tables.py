@@ -4,7 +4,8 @@
 
 ``<!-- options:begin -->`` and ``<!-- options:end -->`` hold the table ``options``; the names are
 the keys of MODEL_TABLES and ROOT_TABLES. Options come from the config, runs from test/runs.yaml,
-results from the records in results/*.json. What a card or a paper published stands in
+results from the records in results/*.json, operators from npu_operators.json, which
+``npu_ops.py --json`` writes. What a card or a paper published stands in
 results/published.yaml, and in columns of its own::
 
     source: the model card, 2023.03.02
@@ -245,12 +246,46 @@ def switches_table(root: Path) -> str:
     return table(("setting", "how to change it", "default", "devices", "reason"), rows)
 
 
+def operators_table(model: ModelDir) -> str:
+    """Who runs the model's operators on an NPU, as ``npu_ops.py`` recorded it."""
+    file = model.path / "npu_operators.json"
+    if not file.is_file():
+        return f"Not recorded: `python tools/npu_ops.py {model.name} --json={file.name}` does it.\n"
+    return operators_markdown(json.loads(file.read_text(encoding="utf-8")))
+
+
+def operators_markdown(record: Mapping[str, Any]) -> str:
+    """The table of a record of ``npu_ops.py``, with a line on what is made of others."""
+    rows = [
+        (
+            ", ".join(kind["versions"]),
+            "yes" if kind["supported"] else "no",
+            len(kind["native"]),
+            len(kind["decomposed"]),
+            ", ".join(f"`{name}`" for name in kind["fallbacks"]) or "none",
+        )
+        for kind in record["versions"]
+    ]
+    newest = record["versions"][-1]
+    made = "; ".join(
+        f"`{name}` of {', '.join(f'`{part}`' for part in parts) or 'nothing'}"
+        for name, parts in newest["decomposed"].items()
+    )
+    return (
+        table(("torch_npu", "supported here", "native", "made of others", "on the CPU"), rows)
+        + f"\nRecorded in {', '.join(record['precisions'])}. Broken rules on number formats: "
+        + f"{'; '.join(record['broken_rules']) or 'none'}. Made of others by torch_npu "
+        + f"{newest['versions'][-1]}: {made or 'none'}.\n"
+    )
+
+
 MODEL_TABLES: dict[str, Callable[[ModelDir], str]] = {
     "options": options_table,
     "settings": settings_table,
     "runs": runs_table,
     "environment": environment_table,
     "results": results_table,
+    "operators": operators_table,
 }
 ROOT_TABLES: dict[str, Callable[[Path], str]] = {
     "models": models_table,

@@ -58,8 +58,11 @@ class Extent:
         """Repeats the last row and column that count once, as RoIAlign does at a border."""
         last_2 = self.cells_2(stride) - 1
         for dim, last in ((2, last_2[0:1]), (3, last_2[1:2])):
-            beyond = (last + 1).clamp(max=map_BCHW.shape[dim] - 1)
-            map_BCHW = map_BCHW.index_copy(dim, beyond, map_BCHW.index_select(dim, last))
+            # Not index_copy, which on an NPU is an old operator for float32 alone.
+            cells = torch.arange(map_BCHW.shape[dim], device=last.device)
+            beyond = cells == (last + 1).clamp(max=map_BCHW.shape[dim] - 1)
+            beyond = beyond[:, None] if dim == 2 else beyond
+            map_BCHW = torch.where(beyond, map_BCHW.index_select(dim, last), map_BCHW)
         return map_BCHW
 
 
@@ -282,7 +285,9 @@ class FeaturePyramid(nn.Module):
         for index in reversed(range(len(stages))):
             lateral_BCHW = self.get_submodule(f"fpn_lateral{index + 2}")(stages[index])
             if merged_BCHW is not None:
-                lateral_BCHW = lateral_BCHW + F.interpolate(merged_BCHW, scale_factor=2.0)
+                # By size, since NPUs take no scale_factor.
+                larger_BCHW = F.interpolate(merged_BCHW, lateral_BCHW.shape[-2:])
+                lateral_BCHW = lateral_BCHW + larger_BCHW
             merged_BCHW = self._clear(lateral_BCHW, extent, STRIDES[index])
             output_BCHW = self.get_submodule(f"fpn_output{index + 2}")(merged_BCHW)
             maps.insert(0, self._clear(output_BCHW, extent, STRIDES[index]))

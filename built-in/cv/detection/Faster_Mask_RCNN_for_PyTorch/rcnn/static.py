@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rcnn.backbone import measure_frozen_norms
 from rcnn.config import Config
-from rcnn.model import build_model, to_device
+from rcnn.model import FLOAT32_INPUTS, GeneralizedRCNN, build_model, to_device
 from rcnn.recipe import build_optimizer, set_lr
 from rcnn.roi_heads import Detections
 from zoo_common.amp import Precision, inference_autocast
@@ -34,12 +35,12 @@ def build(
     """
     config = narrow_config(opt_level, dtype)
     torch.manual_seed(0)
-    model = to_device(build_model(config, CLASSES, static_shapes=True), device)
+    model = make_model(config, device)
     optimizer = build_optimizer(model, config.solver)
-    precision = Precision(config.precision, model, optimizer, device)
+    precision = Precision(config.precision, model, optimizer, device, float32_inputs=FLOAT32_INPUTS)
 
     def step(index: int) -> Tensor:
-        batch = draw_batch(index, images=2).to(device)
+        batch = as_delivered(draw_batch(index, images=2), device).to(device)
         set_lr(optimizer, index, config.solver)
         with ops.implementation("reference"):
             with precision.autocast(model):
@@ -57,11 +58,11 @@ def evaluation(
     """A function that searches the images of batch ``i``; arguments as those of ``build``."""
     config = narrow_config(opt_level, dtype)
     torch.manual_seed(0)
-    model = to_device(build_model(config, CLASSES, static_shapes=True), device).eval()
+    model = make_model(config, device).eval()
 
     @torch.no_grad()
     def step(index: int) -> Detections:
-        batch = draw_batch(index, images=2).to(device)
+        batch = as_delivered(draw_batch(index, images=2), device).to(device)
         with ops.implementation("reference"), inference_autocast(config.precision, device):
             found: Detections = model(batch)
         return found
@@ -88,6 +89,22 @@ def narrow_config(opt_level: str = "O0", dtype: str = "auto") -> Config:
     config.solver.base_lr = 1e-3
     config.solver.warmup_iters = 0
     return config
+
+
+def make_model(config: Config, device: torch.device) -> GeneralizedRCNN:
+    """The network with random weights, made fit to train as train.py does it: losses are finite."""
+    model = to_device(build_model(config, CLASSES, static_shapes=True), device)
+    noise_1CHW = 50 * torch.randn(1, 3, *BUCKETS[0], generator=torch.Generator().manual_seed(0))
+    measure_frozen_norms(model.backbone, noise_1CHW.to(device))
+    return model
+
+
+def as_delivered(batch: DetectionBatch, device: torch.device) -> DetectionBatch:
+    """A batch as a loader hands it over: in pinned memory for an accelerator."""
+    if device.type == "cpu":
+        return batch
+    tensors = {name: value for name, value in batch._asdict().items() if isinstance(value, Tensor)}
+    return batch._replace(**{name: tensor.pin_memory() for name, tensor in tensors.items()})
 
 
 def draw_batch(seed: int, images: int, bucket: tuple[int, int] | None = None) -> DetectionBatch:

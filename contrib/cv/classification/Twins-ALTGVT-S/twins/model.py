@@ -184,6 +184,18 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
 
 
+class SampleDrop(DropPath):  # type: ignore[misc]  # timm's has no types
+    """Drop path that draws in float32 whatever it drops: NPUs draw no bfloat16 numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop_prob == 0:
+            return x
+        keep = 1 - self.drop_prob
+        shape = (x.shape[0],) + (1,) * (x.dim() - 1)
+        kept = torch.empty(shape, device=x.device, dtype=torch.float32).bernoulli_(keep)
+        return x * kept.div_(keep).to(x.dtype)
+
+
 class Block(nn.Module):
     """Attention and MLP, each with a norm before it and a residual around it.
 
@@ -210,7 +222,7 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, mlp_dim, drop_rate)
         if attn_listed_last:
             self.attn = attn
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path = SampleDrop(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         x_BHWC = x_BHWC + self.drop_path(self.attn(self.norm1(x_BHWC)))

@@ -1,7 +1,7 @@
 """Computes with this package what a parity case recorded with upstream's code.
 
-``tools/parity.py`` loads the case, calls ``compute`` and compares. All in float64, like the
-recording, which was then rounded to float32.
+``tools/parity.py`` loads the case, calls ``compute`` and compares. The recording was made in
+float64 and rounded to float32.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from twins.recipe import ClassificationLoss, Mixing, build_optimizer, lr_of_epoc
 from zoo_common.errors import UserError
 
 Tree = dict[str, Any]
+Place = tuple[torch.device, torch.dtype]
 
 # What a case gives; the rest of it is recorded. Patterns of fnmatch over paths.
 GIVEN = (
@@ -31,17 +32,30 @@ GIVEN = (
     "recipe/loss_check/logits",
 )
 TOLERANCE = 2e-6
+FLOAT32_TOLERANCE = 1e-4
 
 WEIGHT_DECAY = 0.05
 CLIP_NORM = 5.0
 COOLDOWN_EPOCHS = 10  # timm counts them as part of a schedule, upstream's loop does not run them
 
 
-def compute(case: Mapping[str, Any]) -> Tree:
+CPU = torch.device("cpu")
+
+
+def compute(
+    case: Mapping[str, Any],
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float64,
+) -> Tree:
     """What the recorded sections of ``case`` hold, computed here, under the same names.
 
     A section is ``recipe`` or the record of one implementation's model (``gvt``). What a section
     does not tell, like the step's learning rate, is read off its numbers, rounded.
+
+    Args:
+        case: what ``tools/parity.py`` loads.
+        device: where to compute.
+        dtype: of weights and images.
 
     Raises:
         UserError: The case lacks an input, or its weights do not fit the model of its config.
@@ -50,17 +64,18 @@ def compute(case: Mapping[str, Any]) -> Tree:
         top, _, below = name.partition("/")
         if top not in case or (below and below not in case[top]):
             raise UserError(f"the case has no {name}, so there is nothing to compute from.")
+    place = (device, dtype)
     result: Tree = {}
     for name, recorded in case.items():
         if name == "recipe":
-            result[name] = _recipe(case, recorded)
+            result[name] = _recipe(case, recorded, place)
         elif name not in GIVEN and isinstance(recorded, Mapping):
-            result[name] = _network(case, recorded)
+            result[name] = _network(case, recorded, place)
     return result
 
 
-def _build(case: Mapping[str, Any], drop_path_rate: float = 0.0) -> tuple[Twins, str]:
-    """The case's model with its weights in float64, and what loading them said."""
+def _build(case: Mapping[str, Any], place: Place, drop_path_rate: float = 0.0) -> tuple[Twins, str]:
+    """The case's model with its weights, and what loading them said."""
     config, weights = case["config"], case["state_dict"]
     num_classes = config.get("num_classes", len(weights.get("head.bias", ())))
     if "embed_dims" in config:
@@ -82,7 +97,7 @@ def _build(case: Mapping[str, Any], drop_path_rate: float = 0.0) -> tuple[Twins,
             raise UserError("the case's config has neither embed_dims nor the name of a model.")
         model = build_model(variants[0], num_classes=num_classes, drop_path_rate=drop_path_rate)
     try:
-        said = str(model.double().load_state_dict(weights, strict=True))
+        said = str(model.to(*place).load_state_dict(weights, strict=True))
     except RuntimeError as error:
         problems = " ".join(str(error).split())
         raise UserError(f"the case's state_dict does not fit the model: {problems}") from error
@@ -98,7 +113,7 @@ class _GivenDropPath(nn.Module):
         self.masks_B = list(masks_B)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        mask_B = self.masks_B.pop(0).to(x_BHWC.dtype)
+        mask_B = self.masks_B.pop(0).to(x_BHWC)
         return x_BHWC / self.keep * mask_B.view(-1, 1, 1, 1)
 
 
@@ -140,10 +155,11 @@ def _gradient_norms(model: nn.Module) -> dict[str, float]:
     }
 
 
-def _network(case: Mapping[str, Any], recorded: Mapping[str, Any]) -> Tree:
-    images = case["inputs"]["images"].double()
-    labels, soft = case["inputs"]["labels"], case["inputs"]["soft"].double()
-    model, said = _build(case)
+def _network(case: Mapping[str, Any], recorded: Mapping[str, Any], place: Place) -> Tree:
+    inputs = case["inputs"]
+    images, soft = inputs["images"].to(*place), inputs["soft"].to(*place)
+    labels = inputs["labels"].to(place[0])
+    model, said = _build(case, place)
     result: Tree = {"load": said, "no_decay": _no_decay(model, recorded.get("no_decay", []))}
 
     with torch.no_grad():
@@ -163,7 +179,8 @@ def _network(case: Mapping[str, Any], recorded: Mapping[str, Any]) -> Tree:
         model, recorded.get("after_step_delta_norm", {}), _recorded_decay(case)
     )
     if "drop_masks" in recorded:
-        result["drop_path"] = _drop_path(case, recorded["drop_masks"], images, soft)
+        model, _ = _build(case, place)
+        result["drop_path"] = _drop_path(model, recorded["drop_masks"], images, soft)
     return result
 
 
@@ -200,12 +217,9 @@ def _step(model: Twins, recorded: Mapping[str, float], weight_decay: float) -> d
     return {name: lr * norm for name, norm in change.items()}
 
 
-def _drop_path(
-    case: Mapping[str, Any], masks: Mapping[str, Any], images: Tensor, soft: Tensor
-) -> Tree:
-    model, _ = _build(case)
-    for place, given in masks.items():
-        stage, index = map(int, place.split("."))
+def _drop_path(model: Twins, masks: Mapping[str, Any], images: Tensor, soft: Tensor) -> Tree:
+    for block, given in masks.items():
+        stage, index = map(int, block.split("."))
         model.blocks[stage][index].drop_path = _GivenDropPath(
             given["p"], [given["attn"], given["mlp"]]
         )
@@ -219,10 +233,10 @@ def _drop_path(
     }
 
 
-def _recipe(case: Mapping[str, Any], recorded: Mapping[str, Any]) -> Tree:
+def _recipe(case: Mapping[str, Any], recorded: Mapping[str, Any], place: Place) -> Tree:
     result: Tree = {}
     if "weight_decay" in recorded:
-        groups = parameter_groups(_build(case)[0], _recorded_decay(case))
+        groups = parameter_groups(_build(case, place)[0], _recorded_decay(case))
         orders = [group["names"] for group in recorded["weight_decay"]]
         result["weight_decay"] = [
             {
@@ -234,11 +248,12 @@ def _recipe(case: Mapping[str, Any], recorded: Mapping[str, Any]) -> Tree:
     if "lr_per_epoch" in recorded:
         result.update(_schedule(recorded["lr_per_epoch"]))
     if "mixup_in" in recorded:
-        result.update(_mixes(case, recorded))
+        result.update(_mixes(case, recorded, place[0]))
     if "loss_check" in recorded:
-        logits = recorded["loss_check"]["logits"].double()
-        soft = ClassificationLoss()(logits, case["inputs"]["soft"].double()).item()
-        smooth = ClassificationLoss(smoothing=0.1)(logits, case["inputs"]["labels"]).item()
+        logits = recorded["loss_check"]["logits"].to(*place)
+        targets, labels = case["inputs"]["soft"].to(*place), case["inputs"]["labels"].to(place[0])
+        soft = ClassificationLoss()(logits, targets).item()
+        smooth = ClassificationLoss(smoothing=0.1)(logits, labels).item()
         result["loss_check"] = {"soft": soft, "smooth": smooth, "mine": [soft, smooth]}
     return result
 
@@ -254,10 +269,10 @@ def _schedule(recorded: list[float]) -> Tree:
     }
 
 
-def _mixes(case: Mapping[str, Any], recorded: Mapping[str, Any]) -> Tree:
+def _mixes(case: Mapping[str, Any], recorded: Mapping[str, Any], device: torch.device) -> Tree:
     """``mixup_seedN`` for each N: timm mixes an image with its mirror image in the batch."""
-    images = recorded["mixup_in"]
-    labels = case["inputs"]["labels"][: len(images)]
+    images = recorded["mixup_in"].to(device)
+    labels = case["inputs"]["labels"][: len(images)].to(device)
     half = len(images) // 2
     first = torch.arange(half)
     order = torch.stack([first, len(images) - 1 - first], dim=1).flatten()

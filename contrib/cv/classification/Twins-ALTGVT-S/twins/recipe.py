@@ -200,16 +200,27 @@ class Mixing:
             )
         height, width = images_BCHW.shape[-2:]
         draw = self.draw(seed, height, width)
-        own_HW = np.full((height, width), draw.lam if draw.box is None else 1.0)
-        if draw.box is not None:
-            top, bottom, left, right = draw.box
-            own_HW[top:bottom, left:right] = 0
-        shares = torch.from_numpy(np.stack([own_HW, 1 - own_HW])).to(images_BCHW.dtype)
-        own, other = shares.to(images_BCHW.device)  # as one copy, and without float64 over there
-        mixed_BCHW = images_BCHW * own + _neighbours(images_BCHW) * other
+        own_HW, other_HW = _shares(draw, images_BCHW)
+        mixed_BCHW = images_BCHW * own_HW + _neighbours(images_BCHW) * other_HW
         targets = F.one_hot(labels_B.long(), self.num_classes) * (1.0 - self.smoothing)
         targets = targets + self.smoothing / self.num_classes
         return mixed_BCHW, targets * draw.lam + _neighbours(targets) * (1 - draw.lam)
+
+
+def _shares(draw: MixDraw, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of each pixel is its own image's and its neighbour's; both (H, W).
+
+    Made where the images are, since a copy from the host would wait for the device.
+    """
+    height, width = images_BCHW.shape[-2:]
+    top, bottom, left, right = draw.box or (0, 0, 0, 0)
+    row_H1 = torch.arange(height, device=images_BCHW.device)[:, None]
+    column_W = torch.arange(width, device=images_BCHW.device)
+    inside_HW = (row_H1 >= top) & (row_H1 < bottom) & (column_W >= left) & (column_W < right)
+    share = draw.lam if draw.box is None else 1.0
+    own_HW = images_BCHW.new_full((height, width), share).masked_fill(inside_HW, 0.0)
+    other_HW = images_BCHW.new_full((height, width), 1 - share).masked_fill(inside_HW, 1.0)
+    return own_HW, other_HW
 
 
 def _neighbours(values: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def build(
         dtype: as ``--dtype``; float16 reads one number a step, see ``zoo_common.amp``.
     """
     config = make_config(opt_level, dtype)
-    batches = [make_batch(config, number) for number in range(POOL)]
+    batches = [as_delivered(make_batch(config, number), device) for number in range(POOL)]
     preprocess = Preprocess(SIZE).to(device)
     mixing = recipe.Mixing(num_classes=CLASSES)
     criterion = recipe.ClassificationLoss()
@@ -63,7 +63,7 @@ def evaluation(
 ) -> Callable[[int], object]:
     """A function that classifies batch i as evaluate.py does; arguments as those of ``build``."""
     config = make_config(opt_level, dtype)
-    batches = [make_batch(config, number) for number in range(POOL)]
+    batches = [as_delivered(make_batch(config, number), device) for number in range(POOL)]
     normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD).to(device)
     model = make_model(config, device).eval()
     counts = new_counts(device)
@@ -88,8 +88,19 @@ def make_model(config: Config, device: torch.device) -> Twins:
     ).to(device)
 
 
+def as_delivered(batch: Batch, device: torch.device) -> Batch:
+    """A batch as a loader hands it over: pinned for an accelerator, else in shared memory."""
+    if device.type == "cpu":
+        return batch._replace(draws_BD=batch.draws_BD.share_memory_())
+    return batch._replace(
+        images_BCHW=batch.images_BCHW.pin_memory(),
+        labels_B=batch.labels_B.pin_memory(),
+        draws_BD=batch.draws_BD.pin_memory(),
+    )
+
+
 def make_batch(config: Config, number: int) -> Batch:
-    """Pictures of many sizes, augmented as for training; ``draws_BD`` as a loader delivers it."""
+    """Pictures of many sizes, augmented as for training."""
     data = config.data
     transform = TrainTransform(
         SIZE,
@@ -109,7 +120,7 @@ def make_batch(config: Config, number: int) -> Batch:
     return Batch(
         images_BCHW=torch.from_numpy(images_BHWC.transpose(0, 3, 1, 2).copy()),
         labels_B=torch.from_numpy(random.integers(CLASSES, size=IMAGES)),
-        draws_BD=draws_BD.share_memory_(),
+        draws_BD=draws_BD,
         item_ids=[f"noise {number}.{item}" for item in range(IMAGES)],
         damaged=[],
     )
