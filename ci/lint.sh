@@ -14,12 +14,12 @@ check() {
     "$@" || failed+=("$name")
 }
 
-mapfile -d '' -t shell_files < <(find . -name .venv -prune -o -name .git -prune -o -type f \
+mapfile -d '' -t shell_files < <(find . -name '.venv*' -prune -o -name .git -prune -o -type f \
     \( -name '*.sh' -o -path './.ci/run' \) -print0 | sort -zu)
 
 check ruff ruff check .
 check format ruff format --check .
-check mypy mypy common/zoo_common
+check mypy mypy common/zoo_common common/npu_sim/npu_sim
 check shellcheck shellcheck --external-sources "${shell_files[@]}"
 check codespell codespell
 check imports lint-imports

@@ -1,4 +1,4 @@
-"""ci/lint.sh, ci/test.sh and .ci/run: what they start, and how they end."""
+"""ci/lint.sh, ci/test.sh, ci/test_npu_sim.sh and .ci/run: what they start, and how they end."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-STEPS = ["lint", "test", "smoke", "copy_out"]
+STEPS = ["lint", "test", "test_npu_sim", "smoke", "copy_out"]
 
 
 def run(script: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -82,3 +82,50 @@ def test_tests_get_pytest_words(copy: Path, stub_venv: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert "1 passed" in result.stdout
     assert "ci/requirements.txt" in stub_venv.read_text()
+
+
+def test_tests_on_simulated_npus(copy: Path, stub_venv: Path) -> None:
+    (copy / "tests" / "test_only.py").write_text(ON_NPUS)
+    words = ["--quick", "tests/test_only.py", "--numprocesses=0"]
+    result = run(copy / "ci" / "test_npu_sim.sh", *words)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "1 passed, 1 deselected" in result.stdout
+    assert "8 cards" in result.stderr
+
+
+ON_NPUS = """
+import os
+
+import pytest
+import torch
+
+from zoo_common import device
+
+
+@pytest.mark.device
+def test_the_device():
+    assert torch.ones(1, device=device.resolve(os.environ["ZOO_TEST_DEVICE"])).is_npu
+    assert device.count("npu") == 8
+
+
+def test_another():
+    pass
+"""
+
+
+def test_simulated_npus_without_a_compiler_are_told_in_a_sentence(
+    copy: Path, stub_venv: Path
+) -> None:
+    cache = str(copy.parent / "nothing built")
+    result = run(copy / "ci" / "test_npu_sim.sh", NPU_SIM_CACHE=cache, CXX="no-such-compiler")
+    assert result.returncode == 1
+    assert "passed" not in result.stdout
+    (told,) = result.stderr.splitlines()
+    assert told.startswith("test_npu_sim: CXX is 'no-such-compiler', which is no program")
+
+
+def test_help_on_simulated_npus(copy: Path) -> None:
+    result = run(copy / "ci" / "test_npu_sim.sh", "--help")
+    assert result.returncode == 0
+    assert "--quick" in result.stdout and "#" not in result.stdout
+    assert not (copy / ".venv").exists()

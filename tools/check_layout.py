@@ -24,7 +24,7 @@ import yaml
 from model_dirs import ROOT, ModelDir, find_models
 from scaffold import NOT_OF_MODELS, PACKAGE_LIST
 
-SKIPPED_DIRS = (".git", ".venv", "__pycache__", "*.egg-info", "*_cache", "build", "dist")
+SKIPPED_DIRS = (".git", ".venv*", "__pycache__", "*.egg-info", "*_cache", "build", "dist")
 SKIPPED_PATHS = ("data", "*/test/output")
 TEXT_SUFFIXES = {".py", ".sh", ".md", ".yaml", ".yml", ".toml", ".txt", ".json"}
 MAX_FILE_BYTES = 4_000_000

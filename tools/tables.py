@@ -279,6 +279,61 @@ def operators_markdown(record: Mapping[str, Any]) -> str:
     )
 
 
+def proven_table(root: Path) -> str:
+    """What the committed records of the nightly runs say."""
+    records = root / "common" / "npu_sim" / "records"
+    rows: list[Row] = []
+    for file in sorted(records.glob("torch_npu_*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        names = ("torch", "torch_npu", "cann", "python")
+        versions = ", ".join(f"{name} {record['versions'][name]}" for name in names)
+        total = record["passed"] + record["failed"]
+        link = f"[{file.name}]({file.relative_to(root).as_posix()})"
+        what = ", ".join(_checks(record["checks"]))
+        rows.append((link, record["date"], versions, f"{record['passed']} of {total} passed", what))
+    pins = records / "npu_pins.json"
+    if pins.is_file():
+        pairs = json.loads(pins.read_text(encoding="utf-8"))
+        good = sum(pair["resolves"] for pair in pairs)
+        torches = list(dict.fromkeys(pair["torch"] for pair in pairs))
+        rows.append(
+            (
+                f"[{pins.name}]({pins.relative_to(root).as_posix()})",
+                max(pair["date"] for pair in pairs),
+                f"torch {', '.join(torches)}",
+                f"{good} of {len(pairs)} resolve",
+                "; ".join(_pin_sets(pairs)),
+            )
+        )
+    return table(("record", "date", "versions", "result", "checks"), rows)
+
+
+def _checks(checks: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The names of the checks in their order, each with what it was done for."""
+    done: dict[str, list[str]] = {}
+    for check in checks:
+        done.setdefault(check["check"], []).extend([check["model"]] if "model" in check else [])
+    return [
+        name.replace("_", " ") + (f" ({', '.join(models)})" if models else "")
+        for name, models in done.items()
+    ]
+
+
+def _pin_sets(pairs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Architectures, Python versions, and what stood in for torch's CPU build."""
+    found: dict[str, set[str]] = {"arch": set(), "python": set(), "torch_cpu_build": set()}
+    for pair in pairs:
+        for key, values in found.items():
+            values.add(pair[key])
+    pythons = sorted(found["python"], key=lambda text: int(text.partition(".")[2]))
+    builds = ", ".join(sorted(found["torch_cpu_build"]))
+    return [
+        ", ".join(sorted(found["arch"])),
+        f"Python {', '.join(pythons)}",
+        f"torch's CPU build: {builds}",
+    ]
+
+
 MODEL_TABLES: dict[str, Callable[[ModelDir], str]] = {
     "options": options_table,
     "settings": settings_table,
@@ -289,6 +344,7 @@ MODEL_TABLES: dict[str, Callable[[ModelDir], str]] = {
 }
 ROOT_TABLES: dict[str, Callable[[Path], str]] = {
     "models": models_table,
+    "proven": proven_table,
     "switches": switches_table,
 }
 
