@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAVE = shutil.ignore_patterns(
-    ".git", ".venv", "__pycache__", "*_cache", "*.egg-info", "output", "build", "logs", "data"
+    ".git", ".venv*", "__pycache__", "*_cache", "*.egg-info", "output", "build", "logs", "data"
 )
 
 TWINS = "contrib/cv/classification/Twins-ALTGVT-S"

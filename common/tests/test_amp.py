@@ -17,6 +17,8 @@ from zoo_common.amp import MOST_SKIPS_IN_A_ROW, SMALLEST_SCALE, Precision, resol
 from zoo_common.config import PrecisionConfig
 from zoo_common.errors import TrainingError, UserError
 
+pytestmark = pytest.mark.device
+
 DEVICE = device.resolve(os.environ.get("ZOO_TEST_DEVICE", "cpu"))
 LEVELS = [
     PrecisionConfig(opt_level="O0"),

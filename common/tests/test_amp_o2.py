@@ -20,6 +20,8 @@ from zoo_common import device, distributed
 from zoo_common.amp import Precision
 from zoo_common.config import PrecisionConfig
 
+pytestmark = pytest.mark.device
+
 DEVICE = device.resolve(os.environ.get("ZOO_TEST_DEVICE", "cpu"))
 BFLOAT16 = PrecisionConfig(opt_level="O2", dtype="bfloat16")
 
@@ -296,27 +298,35 @@ def test_nested_inputs_and_outputs_are_cast() -> None:
     assert out[3]["images"].dtype is torch.float32
 
 
+def card(rank: int) -> torch.device:
+    """The device of a rank."""
+    return device.resolve(DEVICE.type, index=rank)
+
+
 def train_part(rank: int, world_size: int) -> dict[str, dict[str, Tensor]]:
-    """Three steps on one rank's share of the batches; weights by opt level."""
+    """Three steps on one rank's share of the batches; weights by opt level, on the CPU."""
+    own = card(rank)
     results = {}
     for level in ("O0", "O2"):
         torch.manual_seed(rank)  # rank 0's weights are everybody's
         net = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.LayerNorm(16), nn.Linear(16, 4))
+        net.to(own)
         share = 4 // world_size
         config = PrecisionConfig(opt_level=level, dtype="bfloat16", accumulate=share, clip_grad=0.5)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
-        precision = Precision(config, net, optimizer, torch.device("cpu"))
+        precision = Precision(config, net, optimizer, own)
         network, exchanges = net, []
         if world_size > 1:
-            network = distributed.wrap(net, torch.device("cpu"))
+            network = distributed.wrap(net, own)
             network.register_comm_hook(exchanges, exchange)
         for step in range(3):
             for index in range(share):
                 exchanges.clear()
-                train_step(network, precision, *batch(step * 4 + rank * share + index))
+                x, y = batch(step * 4 + rank * share + index)
+                train_step(network, precision, x.to(own), y.to(own))
                 assert bool(exchanges) == (world_size > 1 and precision.at_boundary)
             state = precision.model_state_dict()  # reading weights must not end the exchange
-        results[level] = {key: value.clone() for key, value in state.items()}
+        results[level] = {key: value.cpu().clone() for key, value in state.items()}
     return results
 
 
@@ -327,22 +337,32 @@ def exchange(log: list[torch.dtype], bucket: dist.GradBucket) -> torch.futures.F
 
 
 def overflow_on_the_last_rank(rank: int, world_size: int) -> None:
-    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
-    precision = convert(net, PrecisionConfig(opt_level="O2", dtype="float16", loss_scale="16"))
-    x, y = batch(0)
+    own = card(rank)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).to(own)
+    config = PrecisionConfig(opt_level="O2", dtype="float16", loss_scale="16")
+    precision = Precision(config, net, torch.optim.SGD(net.parameters(), lr=0.1), own)
+    x, y = (part.to(own) for part in batch(0))
     x = x * float("inf") if rank == world_size - 1 else x
-    assert not train_step(distributed.wrap(net, torch.device("cpu")), precision, x, y)
+    assert not train_step(distributed.wrap(net, own), precision, x, y)
     assert precision.skipped_steps == 1
 
 
 def run_rank(rank: int, world_size: int, folder: Path) -> None:
-    store = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+    own = card(rank)
+    device.configure(own)
+    dist.init_process_group(
+        {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}[own.type],
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world_size,
+        device_id=None if own.type == "cpu" else own,
+    )
     torch.save(train_part(rank, world_size), folder / f"{rank}.pt")
     overflow_on_the_last_rank(rank, world_size)
     dist.destroy_process_group()
 
 
+@pytest.mark.cards(2)
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     processes = [
         subprocess.Popen([sys.executable, __file__, str(rank), "2", str(tmp_path)])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from zoo_common import device
 from zoo_common.data import Damaged
 from zoo_common.detection.batching import (
     Collate,
@@ -17,7 +18,7 @@ from zoo_common.detection.batching import (
 from zoo_common.detection.transforms import Sample, shortest_edge_size
 from zoo_common.errors import UserError
 
-DEVICE = torch.device(os.environ.get("ZOO_TEST_DEVICE", "cpu"))
+DEVICE = device.resolve(os.environ.get("ZOO_TEST_DEVICE", "cpu"))
 SHAPES = StaticShapes(((64, 96), (96, 64), (96, 96)), slots=3, edge_slots=(16, 8))
 
 
@@ -88,6 +89,7 @@ def test_outlines_fill_slots_and_leave_the_rest_marked() -> None:
     assert without.edges_BQE4 is None and without.rings_BQE is None
 
 
+@pytest.mark.device
 def test_a_batch_goes_to_its_device_whole_but_for_the_ids() -> None:
     batch = collate(entry(1, 40, 70, 5), entry(2, 40, 70)).to(DEVICE)
     assert batch.rings_BQE is not None and batch.rings_BQE.dtype == torch.int64

@@ -10,6 +10,8 @@ from torch import Tensor
 from zoo_common import device
 from zoo_common.detection import boxes
 
+pytestmark = pytest.mark.device
+
 DEVICE = device.resolve(os.environ.get("ZOO_TEST_DEVICE", "cpu"))
 # Zero width, zero height, a point, corners the wrong way round in one and in both directions.
 EMPTY = [[5, 5, 5, 9], [5, 5, 9, 5], [5, 5, 5, 5], [9, 5, 5, 9], [9, 9, 5, 5]]

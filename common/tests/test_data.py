@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from zoo_common import device
 from zoo_common.data import (
     BatchStream,
     Damaged,
@@ -40,7 +41,7 @@ from zoo_common.data import (
 from zoo_common.errors import UserError
 from zoo_common.imagenet import IMAGENET_MEAN, IMAGENET_STD, FolderIndex, build_index
 
-DEVICE = torch.device(os.environ.get("ZOO_TEST_DEVICE", "cpu"))
+DEVICE = device.resolve(os.environ.get("ZOO_TEST_DEVICE", "cpu"))
 
 
 def augment(image: Image.Image) -> Pixels:
@@ -229,6 +230,7 @@ def test_a_picture_does_not_depend_on_the_number_of_processes(index: FolderIndex
         assert torch.equal(part.draws_BD, alone.draws_BD[mine])
 
 
+@pytest.mark.device
 def test_a_batch_holds_images_labels_and_names(index: FolderIndex) -> None:
     stream = build_loader(index, plain, batch_size=4, total_steps=7, workers=1)
     assert (len(stream), stream.steps_per_epoch) == (7, 5)
@@ -263,6 +265,7 @@ def test_evaluation_sees_every_image_once(tmp_path: Path) -> None:
     assert sorted(seen) == sorted(index.item_id(i) for i in range(11))
 
 
+@pytest.mark.device
 def test_normalize_is_that_of_imagenet() -> None:
     images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))

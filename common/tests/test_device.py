@@ -44,8 +44,16 @@ def install_torch_npu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeNp
         for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "ASCEND_RT_VISIBLE_DEVICES"):
             monkeypatch.delenv(name, raising=False)
 
+    # Another test of this process may have imported one, which must not be lost to the next.
+    held = {name: sys.modules.pop(name) for name in list(sys.modules) if of_torch_npu(name)}
     yield install
-    sys.modules.pop("torch_npu", None)
+    for name in filter(of_torch_npu, list(sys.modules)):
+        del sys.modules[name]
+    sys.modules.update(held)
+
+
+def of_torch_npu(module: str) -> bool:
+    return module.partition(".")[0] == "torch_npu"
 
 
 def library_missing(name: str) -> str:

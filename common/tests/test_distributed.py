@@ -1,4 +1,4 @@
-"""Processes, reductions, gather, DDP and the agreement to stop, on real gloo processes.
+"""Processes, reductions, gather, DDP and the agreement to stop, in real processes.
 
 Started as a program (``python test_distributed.py ROLE``) this file is one process of a group.
 """
@@ -19,10 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from zoo_common import distributed
+from zoo_common import device, distributed
 from zoo_common.errors import TrainingError, UserError
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.device
+
+DEVICE = device.resolve(os.environ.get("ZOO_TEST_DEVICE", "cpu"), int(os.environ.get("RANK", 0)))
+BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}[DEVICE.type]
 WORLD_SIZE = 3
 
 # ------------------------------------------------------------------------------------------------
@@ -34,42 +38,43 @@ def rank() -> int:
 
 
 def check_sum_of_floats() -> None:
-    mine = torch.tensor([1.5, 2.0]) * (rank() + 1)
+    mine = torch.tensor([1.5, 2.0], device=DEVICE) * (rank() + 1)
     total = distributed.sum_across(mine)
     assert total.dtype == torch.float32
     assert total.tolist() == [9.0, 12.0]
     assert mine.tolist() == [1.5 * (rank() + 1), 2.0 * (rank() + 1)], "the argument was changed"
     for dtype in (torch.float16, torch.bfloat16):
         # 256 + 1 + 1 needs more bits than bfloat16 has.
-        half = torch.tensor(256.0 if rank() == 0 else 1.0, dtype=dtype)
+        half = torch.tensor(256.0 if rank() == 0 else 1.0, dtype=dtype, device=DEVICE)
         total = distributed.sum_across(half)
         assert total.dtype == torch.float32 and total.item() == 258.0
 
 
 def check_sum_of_counts() -> None:
     big = 2**40 + 1
-    total = distributed.sum_across(torch.tensor([big, rank()]))
+    total = distributed.sum_across(torch.tensor([big, rank()], device=DEVICE))
     assert total.dtype == torch.int64 and total.tolist() == [3 * big, 3]
-    total = distributed.sum_across(torch.tensor([True, rank() == 1]))
+    total = distributed.sum_across(torch.tensor([True, rank() == 1], device=DEVICE))
     assert total.dtype == torch.int64 and total.tolist() == [3, 1]
-    total = distributed.sum_across(torch.tensor([200], dtype=torch.uint8))
+    total = distributed.sum_across(torch.tensor([200], dtype=torch.uint8, device=DEVICE))
     assert total.dtype == torch.int64 and total.tolist() == [600]
 
 
 def check_mean_and_max() -> None:
-    assert distributed.mean_across(torch.tensor([float(rank())])).tolist() == [1.0]
-    mean = distributed.mean_across(torch.tensor(rank() + 1))
+    mine = torch.tensor([float(rank())], device=DEVICE)
+    assert distributed.mean_across(mine).tolist() == [1.0]
+    mean = distributed.mean_across(torch.tensor(rank() + 1, device=DEVICE))
     assert mean.dtype == torch.float32 and mean.item() == 2.0
-    largest = distributed.max_across(torch.tensor([rank(), -rank()]))
+    largest = distributed.max_across(torch.tensor([rank(), -rank()], device=DEVICE))
     assert largest.tolist() == [2, 0]
-    transposed = torch.arange(6.0).reshape(2, 3).t() + rank()
-    assert torch.equal(distributed.max_across(transposed), torch.arange(6.0).reshape(2, 3).t() + 2)
+    transposed = torch.arange(6.0, device=DEVICE).reshape(2, 3).t()
+    assert torch.equal(distributed.max_across(transposed + rank()), transposed + 2)
 
 
 def check_float64_is_refused() -> None:
     for dtype in (torch.float64, torch.complex64):
         with pytest.raises(TypeError, match="gather_results"):
-            distributed.sum_across(torch.zeros(1, dtype=dtype))
+            distributed.sum_across(torch.zeros(1, dtype=dtype, device=DEVICE))
 
 
 def check_gather_is_exact_and_in_order() -> None:
@@ -108,11 +113,11 @@ def check_stop_agreement() -> None:
 
 def make_model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).to(DEVICE)
 
 
 def global_batch() -> torch.Tensor:
-    return torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    return torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
 def check_gradients_equal_those_of_one_process() -> None:
@@ -122,7 +127,7 @@ def check_gradients_equal_those_of_one_process() -> None:
     if rank() != 0:
         for parameter in model.parameters():
             nn.init.zeros_(parameter)  # rank 0's weights must replace these
-    wrapped = distributed.wrap(model, CPU, bucket_mb=1.0)
+    wrapped = distributed.wrap(model, DEVICE, bucket_mb=1.0)
     assert wrapped.module is model
     wrapped(global_batch()[2 * rank() : 2 * rank() + 2]).square().mean().backward()
     for one, many in zip(alone.parameters(), model.parameters(), strict=True):
@@ -132,17 +137,17 @@ def check_gradients_equal_those_of_one_process() -> None:
 
 def check_training_and_agreeing_share_the_group() -> None:
     torch.manual_seed(rank())
-    wrapped = distributed.wrap(make_model(), CPU)
+    wrapped = distributed.wrap(make_model(), DEVICE)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
     agreement = distributed.StopAgreement()
     steps = 0
     while not agreement.agreed(rank() == 2 and steps == 5):
         optimizer.zero_grad()
-        wrapped(torch.randn(2, 4)).square().mean().backward()
+        wrapped(torch.randn(2, 4, device=DEVICE)).square().mean().backward()
         optimizer.step()
         steps += 1
     agreement.drain()
-    weights = [parameter.detach() for parameter in wrapped.parameters()]
+    weights = [parameter.detach().cpu() for parameter in wrapped.parameters()]
     ends = distributed.gather_results([(steps, weights)])
     assert [end[0] for end in ends] == [6, 6, 6]
     for _, others in ends:
@@ -151,38 +156,40 @@ def check_training_and_agreeing_share_the_group() -> None:
 
 def check_unused_parameters() -> None:
     model = nn.ModuleDict({"used": nn.Linear(2, 1), "idle": nn.Linear(2, 1)})
+    model.to(DEVICE)
     model.forward = lambda x: model["used"](x)  # type: ignore[method-assign]
-    wrapped = distributed.wrap(model, CPU, find_unused=True)
+    wrapped = distributed.wrap(model, DEVICE, find_unused=True)
     for _ in range(2):
-        wrapped(torch.ones(1, 2)).sum().backward()
+        wrapped(torch.ones(1, 2, device=DEVICE)).sum().backward()
     assert model["used"].weight.grad is not None and model["idle"].weight.grad is None
 
 
 def check_buffers() -> None:
-    with_statistics = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    wrapped = distributed.wrap(with_statistics, CPU)
+    with_statistics = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).to(DEVICE)
+    wrapped = distributed.wrap(with_statistics, DEVICE)
     with_statistics[1].running_mean.fill_(rank() + 1.0)
-    wrapped.eval()(torch.zeros(1, 2))
+    wrapped.eval()(torch.zeros(1, 2, device=DEVICE))
     assert with_statistics[1].running_mean.tolist() == [1.0, 1.0], "rank 0's statistics"
-    constant = nn.Linear(2, 2)
-    constant.register_buffer("table", torch.full((2, 3), float(rank())).t())
-    wrapped = distributed.wrap(constant, CPU)
+    constant = nn.Linear(2, 2).to(DEVICE)
+    zeros = torch.zeros(1, 2, device=DEVICE)
+    constant.register_buffer("table", torch.full((2, 3), float(rank()), device=DEVICE).t())
+    wrapped = distributed.wrap(constant, DEVICE)
     assert constant.table.tolist() == [[0.0] * 2] * 3, "rank 0's buffer, once"
     constant.table.fill_(rank())
-    wrapped(torch.zeros(1, 2))
+    wrapped(zeros)
     assert constant.table.tolist() == [[rank()] * 2] * 3, "constants travel no more"
-    distributed.wrap(constant, CPU, sync_buffers=True)(torch.zeros(1, 2))
+    distributed.wrap(constant, DEVICE, sync_buffers=True)(zeros)
     assert constant.table.tolist() == [[0.0] * 2] * 3
 
 
 def check_nothing_to_train_is_not_wrapped() -> None:
     model = make_model().requires_grad_(False)
-    assert distributed.wrap(model, CPU) is model
+    assert distributed.wrap(model, DEVICE) is model
 
 
 def check_starting_twice_is_refused() -> None:
     with pytest.raises(AssertionError, match="twice"):
-        distributed.start(CPU)
+        distributed.start(DEVICE)
 
 
 CHECKS: dict[str, Callable[[], None]] = {
@@ -193,10 +200,12 @@ CHECKS: dict[str, Callable[[], None]] = {
 
 
 def run_checks() -> None:
-    processes = distributed.start(CPU, timeout_s=20)
+    device.configure(DEVICE)
+    processes = distributed.start(DEVICE, timeout_s=20)
     place = (processes.rank, processes.local_rank, processes.world_size, processes.nnodes)
     assert place == (int(os.environ["RANK"]), int(os.environ["RANK"]), WORLD_SIZE, 1)
-    assert dist.get_backend() == "gloo", "named, not guessed"
+    named = dist.get_backend_config()
+    assert all(name in named for name in BACKEND.split(",")), "named, not guessed"
     outcome = {}
     for name, check in CHECKS.items():
         try:
@@ -212,7 +221,8 @@ def run_checks() -> None:
 
 def die_while_stopping_is_agreed() -> None:
     """Rank 1 ends without a word; rank 0 tells what a step boundary cost and what it got then."""
-    distributed.start(CPU, timeout_s=60)
+    device.configure(DEVICE)
+    distributed.start(DEVICE, timeout_s=60)
     agreement = distributed.StopAgreement()
     seconds = []
     for _ in range(100):
@@ -292,12 +302,14 @@ def outcomes() -> list[dict[str, str]]:
     return [json.loads(process.stdout.splitlines()[-1]) for process in ended]
 
 
+@pytest.mark.cards(WORLD_SIZE)
 @pytest.mark.parametrize("check", CHECKS)
 def test_in_three_processes(outcomes: list[dict[str, str]], check: str) -> None:
     failures = [f"rank {r}:\n{found[check]}" for r, found in enumerate(outcomes) if found[check]]
     assert not failures, "\n".join(failures)
 
 
+@pytest.mark.cards(2)
 def test_dead_process_is_noticed_at_once_and_agreeing_is_cheap() -> None:
     survivor, dead = run_group("death", 2)
     assert dead.returncode == 9
@@ -360,11 +372,11 @@ def test_accelerators_are_left_alone_while_an_exception_passes(
         "init_process_group",
         lambda backend, timeout, device_id: started.append((backend, timeout.seconds, device_id)),
     )
-    for device in (torch.device("cuda:1"), CPU):
+    for place in (torch.device("cuda:1"), CPU):
         monkeypatch.setattr(dist, "is_initialized", lambda: False)
-        distributed.start(device, timeout_s=600)
+        distributed.start(place, timeout_s=600)
         monkeypatch.setattr(dist, "is_initialized", lambda: True)
-        monkeypatch.setattr(dist, "destroy_process_group", lambda d=device: ended.append(d.type))
+        monkeypatch.setattr(dist, "destroy_process_group", lambda d=place: ended.append(d.type))
         try:
             raise RuntimeError("a training step failed")
         except RuntimeError:

@@ -23,8 +23,11 @@ from zoo_common.errors import UserError
 DEVICE = device.resolve(os.environ.get("ZOO_TEST_DEVICE", "cpu"))
 RINGS = 4
 
-# pycocotools' decode() under numpy 2; the zoo does not call it.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.device,
+    # pycocotools' decode() under numpy 2; the zoo does not call it.
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
 
 Polygons = list[list[float]]
 

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo_common import device
 from zoo_common.detection import ops, ops_reference
 
+pytestmark = pytest.mark.device
+
 DEVICE = device.resolve(os.environ.get("ZOO_TEST_DEVICE", "cpu"))
 WAYS = {"cpu": ["cpu", "cuda", "reference"], "cuda": ["cuda", "reference"]}
 BY_WAY = pytest.mark.parametrize("way", WAYS.get(DEVICE.type, ["reference"]))

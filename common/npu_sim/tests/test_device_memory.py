@@ -11,6 +11,8 @@ import npu_sim
 if "NPU_SIM_CARDS" not in os.environ:
     pytest.skip("needs the simulated NPU: python -m npu_sim pytest", allow_module_level=True)
 
+pytestmark = pytest.mark.device
+
 npu_sim.install()
 MB = 2**20
 used = torch.accelerator.memory_allocated

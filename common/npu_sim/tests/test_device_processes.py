@@ -15,6 +15,8 @@ import npu_sim
 if "NPU_SIM_CARDS" not in os.environ:
     pytest.skip("needs the simulated NPU: python -m npu_sim pytest", allow_module_level=True)
 
+pytestmark = pytest.mark.device
+
 PROCESS = Path(__file__).with_name("device_processes.py")
 
 

@@ -15,6 +15,8 @@ from npu_sim import native
 if "NPU_SIM_CARDS" not in os.environ:
     pytest.skip("needs the simulated NPU: python -m npu_sim pytest", allow_module_level=True)
 
+pytestmark = pytest.mark.device
+
 npu_sim.install()
 TORCH_NPU = native.native_operators("2.14")
 

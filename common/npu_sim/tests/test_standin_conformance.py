@@ -19,6 +19,8 @@ import torch_npu
 
 from npu_sim import recorded
 
+pytestmark = pytest.mark.device
+
 REPOSITORY = Path(__file__).parents[3]
 MODULES = (
     "torch_npu",

@@ -16,6 +16,8 @@ if "NPU_SIM_CARDS" not in os.environ:
 
 import torch_npu
 
+pytestmark = pytest.mark.device
+
 NPU = torch.device("npu", 0)
 SECOND = pytest.mark.skipif(torch.npu.device_count() < 2, reason="needs two cards")
 

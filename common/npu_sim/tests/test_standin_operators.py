@@ -16,6 +16,8 @@ import torchvision
 
 import npu_sim
 
+pytestmark = pytest.mark.device
+
 COMPRESSED = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
 
 

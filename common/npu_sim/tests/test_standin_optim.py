@@ -12,6 +12,8 @@ if "NPU_SIM_CARDS" not in os.environ:
 
 import torch_npu
 
+pytestmark = pytest.mark.device
+
 CASES = [
     ("SGD", {"lr": 0.1}),
     ("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),

@@ -13,6 +13,8 @@ if "NPU_SIM_CARDS" not in os.environ:
 
 from torch_npu import profiler
 
+pytestmark = pytest.mark.device
+
 ACTION = profiler.ProfilerAction
 
 

@@ -19,7 +19,7 @@ class DataConfig:
 class FaultConfig:
     """What goes wrong, and at which step."""
 
-    kind: str = setting("", "fault", choices=("", "crash", "user", "kill", "nan", "hang"))
+    kind: str = setting("", "fault", choices=("", "crash", "user", "kill", "nan", "hang", "memory"))
     rank: int = setting(0, "rank that it meets", at_least=0)
     step: int = setting(3, "step at which it happens", at_least=1)
     step_time_s: float = setting(0.0, "seconds that each step takes longer", at_least=0)

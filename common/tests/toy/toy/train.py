@@ -59,6 +59,10 @@ def fail(fault: FaultConfig, rank: int, step: int) -> None:
         raise UserError("The toy was wound up wrongly: turn the key the other way.")
     if fault.kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if fault.kind == "memory":
+        raise torch.OutOfMemoryError(
+            "NPU out of memory. Tried to allocate 2.50 GiB (NPU 0; 60.97 GiB total capacity). If"
+        )
     if fault.kind == "hang":
         time.sleep(3600)
 

@@ -22,6 +22,8 @@ from zoo_common.amp import Precision
 from zoo_common.config import PrecisionConfig
 from zoo_common.detection.batching import DetectionBatch
 
+pytestmark = pytest.mark.device
+
 DEVICE = device.resolve(os.environ.get("ZOO_TEST_DEVICE", "cpu"))
 # HCCL and the NPU's kernels have no float64.
 DTYPE, TOLERANCE = (torch.float32, 1e-5) if DEVICE.type == "npu" else (torch.float64, 1e-12)
@@ -218,7 +220,7 @@ def test_learns_one_batch_by_heart() -> None:
     batch = draw_batch(8, images=2).to(DEVICE)
     optimizer = build_optimizer(model, config.solver)
     sums = []
-    for _ in range(40):
+    for _ in range(100):
         total = torch.stack(list(model(batch).values())).sum()
         optimizer.zero_grad()
         total.backward()
@@ -226,7 +228,7 @@ def test_learns_one_batch_by_heart() -> None:
         optimizer.step()
         sums.append(total.item())
     assert math.isfinite(sums[-1])
-    assert sum(sums[-5:]) / 5 < 0.5 * sums[0], sums
+    assert sum(sums[-10:]) / 10 < 0.5 * sums[0], sums  # 0.34 to 0.42 under 8 seeds
 
 
 def test_frozen_norms_of_random_weights_take_the_statistics_of_images() -> None:

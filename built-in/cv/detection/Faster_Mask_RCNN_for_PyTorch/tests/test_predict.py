@@ -20,7 +20,7 @@ from zoo_common.config import load_config, to_yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from rcnn_runs import DEVICE, write_recipe
+from rcnn_runs import ABSENT, DEVICE, write_recipe
 from rcnn_runs import predict as predict_in_a_shell
 
 NAMES = "cat\nbig dog\n"
@@ -137,7 +137,7 @@ REFUSED = {
     "misspelt setting": (["mine"], ["roi.nms_tresh=0.4"], "roi.nms_thresh"),
     "misspelt key": (["mine"], ["MODEL.RPN.NMS_TRESH", "0.4"], "MODEL.RPN.NMS_THRESH"),
     "a picture behind options": (["mine"], ["x.jpg"], "x.jpg"),
-    "absent device": (["mine"], ["--device=npu"], "npu"),
+    "absent device": (["mine"], [f"--device={ABSENT}"], ABSENT),
     "score in percent": (["mine"], ["--score=50"], "--score must be between 0 and 1"),
 }
 

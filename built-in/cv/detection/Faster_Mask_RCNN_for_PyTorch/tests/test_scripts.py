@@ -19,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from rcnn_runs import (
+    DEVICE,
     JSON,
     annotation,
     detections_of,
@@ -73,7 +74,11 @@ def assert_same_weights(one: Path, other: Path) -> None:
 def test_the_smoke_run_scores_nothing_before_it_has_learned(tmp_path: Path) -> None:
     output = tmp_path / "out"
     done = script(
-        "train_smoke_1p", "--device=cpu", "--max_steps=1", f"--output_dir={output}", cwd=tmp_path
+        "train_smoke_1p",
+        f"--device={DEVICE}",
+        "--max_steps=1",
+        f"--output_dir={output}",
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     metrics = result_of(output)["metrics"]
@@ -123,6 +128,7 @@ def test_the_report_has_the_names_and_keys_of_the_original(trained: Path) -> Non
     assert (trained / f"train_{case}_fps.log").is_file()
 
 
+@pytest.mark.cards(2)
 def test_two_processes_end_with_the_same_weights_and_share_the_evaluation(
     recipe: str, coco: Path, tmp_path: Path
 ) -> None:
@@ -157,6 +163,7 @@ def test_a_run_goes_on_to_the_same_numbers(
     assert result_of(tmp_path / "out")["metrics"] == result_of(trained)["metrics"]
 
 
+@pytest.mark.cards(8)
 def test_eight_processes_take_a_step(recipe: str, tmp_path: Path) -> None:
     data = draw_coco(tmp_path / "coco2017", train=8, val=1)
     words = [recipe, f"--data_path={tmp_path}", "MODEL.WEIGHTS", "", "SOLVER.IMS_PER_BATCH", "8"]

@@ -25,11 +25,12 @@ from twins.data import (
     resize,
     shear_or_shift,
 )
+from zoo_common import device
 from zoo_common.data import Batch, Pixels, kept_rng
 from zoo_common.errors import UserError
 from zoo_common.imagenet import IMAGENET_MEAN, FolderIndex, build_index
 
-DEVICE = torch.device(os.environ.get("ZOO_TEST_DEVICE", "cpu"))
+DEVICE = device.resolve(os.environ.get("ZOO_TEST_DEVICE", "cpu"))
 GREY = tuple(round(255 * value) for value in IMAGENET_MEAN)
 
 
@@ -278,6 +279,7 @@ def make_batch(draws: list[tuple[int, ...]], size: int = 48) -> Batch:
     )
 
 
+@pytest.mark.device
 def test_preprocessing_normalises_as_timm() -> None:
     batch = make_batch([(), ()])
     theirs = create_transform(48, interpolation="bicubic", crop_pct=1.0)
@@ -288,6 +290,7 @@ def test_preprocessing_normalises_as_timm() -> None:
         torch.testing.assert_close(image, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.device
 def test_erasing_fills_the_rectangle_with_standard_normal_noise() -> None:
     random.seed(1)
     draws = [draw_erasing(48, 0.5) for _ in range(200)]
@@ -322,6 +325,7 @@ def test_noise_belongs_to_the_image_and_the_seed() -> None:
     assert not torch.equal(whole, Preprocess(48, seed=8)(batch))
 
 
+@pytest.mark.device
 def test_fixed_shapes_erase_the_same_numbers() -> None:
     random.seed(3)
     batch = make_batch([draw_erasing(48, 0.5) for _ in range(30)]).to(DEVICE)

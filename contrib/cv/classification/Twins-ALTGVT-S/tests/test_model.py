@@ -16,6 +16,8 @@ from twins.recipe import build_optimizer
 from zoo_common import device
 from zoo_common.errors import UserError
 
+pytestmark = pytest.mark.device
+
 DEVICE = device.resolve(os.environ.get("ZOO_TEST_DEVICE", "cpu"))
 # HCCL and the NPU's kernels have no float64.
 DTYPE, TOLERANCE = (torch.float32, 1e-3) if DEVICE.type == "npu" else (torch.float64, 1e-10)

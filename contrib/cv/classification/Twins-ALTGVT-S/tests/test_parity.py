@@ -202,7 +202,8 @@ PACKAGE = """
 import torch
 GIVEN = ("config", "*/given*")
 TOLERANCE = 1e-3
-def compute(case):
+def compute(case, device, dtype):
+    assert (device.type, dtype) == ("cpu", torch.float64)
     big = torch.arange(12.).reshape(3, 4) + case["config"]["shift"]
     return {"part": {
         "tensor": big, "big": big, "number": 2.001, "words": ["a", "c"], "word": "x",
@@ -314,6 +315,7 @@ def test_mistakes_are_told_in_a_sentence(parity: Callable[..., Result], tmp_path
 
     case = tmp_path / "case.json"
     assert "cannot read" in complaint(MODEL_DIR, case)
+    assert "--device=tpu is no device" in complaint(MODEL_DIR, FIXTURE, "--device=tpu")
     assert "there is no model directory" in complaint(tmp_path / "none", FIXTURE)
     assert "needs one <package>/parity.py" in complaint(tmp_path, FIXTURE)
     case.write_text("{", encoding="utf-8")

@@ -28,6 +28,8 @@ from twins.recipe import (
 from zoo_common import device
 from zoo_common.errors import UserError
 
+pytestmark = pytest.mark.device
+
 DEVICE = device.resolve(os.environ.get("ZOO_TEST_DEVICE", "cpu"))
 FIXTURE = Path(__file__).parent / "fixtures" / "twins_tiny.json"
 MIRROR = [0, 5, 1, 4, 2, 3]  # neighbours in this order are mirror images in a batch of six
