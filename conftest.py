@@ -9,7 +9,12 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips a test marked ``cards(N)`` where the device of the tests has fewer than N."""
+    """Skips what this machine cannot run: a test for more cards, or for the simulated NPU."""
+    if item.get_closest_marker("simulator"):
+        from npu_sim import build
+
+        if reason := build.reason_against():
+            pytest.skip(reason)
     kind = os.environ.get("ZOO_TEST_DEVICE", "cpu")
     mark = item.get_closest_marker("cards")
     if mark is None or kind == "cpu":

@@ -286,6 +286,7 @@ def run_on_npu(*words: str, place: Path = ROOT) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.mark.simulator
 def test_a_simulated_npu_shows_copies_and_waits(tmp_path: Path) -> None:
     (tmp_path / "other.py").write_text(PEER)
     told = run_on_npu("--peer=other:uploads", "--steps=4", "--warmup=1", place=tmp_path)
@@ -298,6 +299,7 @@ def test_a_simulated_npu_shows_copies_and_waits(tmp_path: Path) -> None:
     assert "other.py:18 step: torch.tensor([1.0]).to(device)" in told.stdout
 
 
+@pytest.mark.simulator
 def test_a_simulated_npu_shows_what_reads_it(tmp_path: Path) -> None:
     (tmp_path / "other.py").write_text(PEER)
     told = run_on_npu("--peer=other:reads", "--steps=5", "--warmup=2", place=tmp_path)
@@ -307,6 +309,7 @@ def test_a_simulated_npu_shows_what_reads_it(tmp_path: Path) -> None:
     assert told.stdout.splitlines()[-1].startswith("check_static: 5 host syncs, ")
 
 
+@pytest.mark.simulator
 @pytest.mark.parametrize("model", ["twins", "rcnn"])
 def test_our_models_train_on_a_simulated_npu_without_any(model: str) -> None:
     told = run_on_npu(model, "--steps=12")

@@ -92,6 +92,7 @@ def survey(
     return told.stdout, record, clean
 
 
+@pytest.mark.simulator
 def test_operators_are_told_by_phase_and_way(tmp_path: Path) -> None:
     text, record, clean = survey(tmp_path)
     assert clean and record["broken_rules"] == []
@@ -107,6 +108,7 @@ def test_operators_are_told_by_phase_and_way(tmp_path: Path) -> None:
     assert "torch_npu 2.6 (supported)" in text and " 0 on the CPU" in text
 
 
+@pytest.mark.simulator
 def test_a_fallback_is_told_with_its_line(tmp_path: Path) -> None:
     text, record, clean = survey(tmp_path, fallback=SUPPRESS)
     assert not clean
@@ -116,6 +118,7 @@ def test_a_fallback_is_told_with_its_line(tmp_path: Path) -> None:
     assert line.endswith("static.py:16 step")
 
 
+@pytest.mark.simulator
 def test_a_fallback_on_an_unsupported_version_is_told_and_no_failure(tmp_path: Path) -> None:
     """torch_npu has a kernel of the fused SGD since 2.13; 2.5 is too old for the project."""
     fused = "torch._fused_sgd_([weight.detach()], [weight.detach()], [], weight_decay=0.0, "
@@ -129,6 +132,7 @@ def test_a_fallback_on_an_unsupported_version_is_told_and_no_failure(tmp_path: P
     assert clean
 
 
+@pytest.mark.simulator
 @pytest.mark.parametrize(
     ("rule", "said"),
     [
@@ -171,6 +175,7 @@ def evaluation(device, opt_level="O0", dtype="auto"):
 """
 
 
+@pytest.mark.simulator
 def test_the_detection_operators_fall_back_in_no_supported_version(tmp_path: Path) -> None:
     versions = tuple(f"2.{minor}" for minor in range(6, 15))
     _, record, clean = survey(tmp_path, versions=versions, static=DETECTION)
@@ -179,6 +184,7 @@ def test_the_detection_operators_fall_back_in_no_supported_version(tmp_path: Pat
     assert "aten::index_add_" in record["operators"]
 
 
+@pytest.mark.simulator
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_our_models_fall_back_nowhere_and_their_record_is_fresh(model: str, tmp_path: Path) -> None:
@@ -193,6 +199,7 @@ def test_our_models_fall_back_nowhere_and_their_record_is_fresh(model: str, tmp_
     assert now["broken_rules"] == kept["broken_rules"] == []
 
 
+@pytest.mark.simulator
 def test_the_table_alone_is_printed_on_demand() -> None:
     told = run(str(PROGRAM), "twins", "--version=2.14", "--markdown")
     assert told.returncode == 0, told.stderr

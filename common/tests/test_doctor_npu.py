@@ -250,6 +250,7 @@ def test_no_card(machine: NpuMachine, tmp_path: Path) -> None:
     assert "the driver shows no card" in machine.launch_error(tmp_path)
 
 
+@pytest.mark.simulator
 def test_no_card_on_the_simulated_npu() -> None:
     words = ["-m", "npu_sim", "--cards", "0", "python", "-m", "zoo_common.doctor", "--json"]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=240)

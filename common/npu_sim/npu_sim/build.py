@@ -67,10 +67,10 @@ def build() -> Path:
     Raises:
         BuildError: as for :func:`load`.
     """
-    cache = Path(os.environ.get("NPU_SIM_CACHE") or Path.home() / ".cache" / "npu_sim")
-    result = cache / f"{_NAME}-{_key()}.so"
+    result = _result()
     if result.exists():
         return result
+    cache = result.parent
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _lock(result.with_suffix(".lock")):
@@ -82,6 +82,23 @@ def build() -> Path:
             "to a directory that can be written."
         ) from error
     return result
+
+
+def reason_against() -> str | None:
+    """Why the extension is not there and cannot be built here, or None."""
+    if _result().exists():
+        return None
+    try:
+        _compiler()
+        _includes()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def _result() -> Path:
+    cache = Path(os.environ.get("NPU_SIM_CACHE") or Path.home() / ".cache" / "npu_sim")
+    return cache / f"{_NAME}-{_key()}.so"
 
 
 def _key() -> str:

@@ -21,6 +21,7 @@ HANDFUL = (
 )
 
 
+@pytest.mark.simulator
 @pytest.mark.skipif("NPU_SIM_CARDS" in os.environ, reason="this process has the device")
 def test_a_handful_of_its_tests() -> None:
     done = subprocess.run(
