@@ -19,6 +19,8 @@ import npu_sim
 if "NPU_SIM_CARDS" not in os.environ:
     pytest.skip("needs the simulated NPU: python -m npu_sim pytest", allow_module_level=True)
 
+pytestmark = pytest.mark.device
+
 npu_sim.install()
 DATA = Path(npu_sim.__file__).parent / "data" / "torch_npu_2.14_native_ops.json"
 
@@ -173,8 +175,6 @@ def test_a_number_of_cards_that_is_none() -> None:
 FORK = """
 import multiprocessing, sys
 from torch.utils.data import DataLoader, TensorDataset
-
-pytestmark = pytest.mark.device
 
 torch.ones(2, device="npu").add_(1)
 on_npu = torch.zeros(4, device="npu")

@@ -13,8 +13,7 @@ import pytest
 from npu_sim import build
 
 # Writes what -o names, and a line for each call; slowly, so that two builds would meet.
-COMPILER = """#!{python}
-import os, pathlib, sys, time
+COMPILER = """import os, pathlib, sys, time
 with open({log!r}, "a") as log:
     log.write("link\\n" if "-shared" in sys.argv else "compile\\n")
 time.sleep(float(os.environ.get("COMPILER_SECONDS", "0.05")))
@@ -27,7 +26,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and a compiler that is quick."""
     compiler = tmp_path / "compiler"
     log = str(tmp_path / "log")
-    compiler.write_text(COMPILER.format(python=sys.executable, log=log), encoding="utf-8")
+    program = tmp_path / "compiler.py"
+    program.write_text(COMPILER.format(log=log), encoding="utf-8")
+    # Not the program itself: a path with spaces, as Python's may be, cannot stand after #!.
+    compiler.write_text(f'#!/bin/sh\nexec "{sys.executable}" {program} "$@"\n', encoding="utf-8")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("NPU_SIM_CACHE", str(tmp_path / "cache"))
