@@ -421,9 +421,8 @@ def test_a_short_run_traces_what_it_has_and_says_so(toy: Path) -> None:
 
 
 def test_help_ends_well_when_its_reader_leaves(toy: Path) -> None:
-    command = (
-        f"{sys.executable} -m zoo_common.launch train_1p --help | true; exit ${{PIPESTATUS[0]}}"
-    )
+    command = f"'{sys.executable}' -m zoo_common.launch train_1p --help | true"
+    command += "; exit ${PIPESTATUS[0]}"
     done = subprocess.run(["bash", "-c", command], cwd=toy, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
