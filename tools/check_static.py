@@ -29,6 +29,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import npu_simulator
@@ -39,6 +40,29 @@ if TYPE_CHECKING:
 
 STEPS = 40
 WARMUP = 8
+
+
+def import_steps(place: str, title: str) -> ModuleType:
+    """The module that builds a model's steps.
+
+    Args:
+        place: what Python calls it.
+        title: what people call the model.
+
+    Raises:
+        UserError: it is not there.
+    """
+    from zoo_common.errors import UserError
+
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name and not f"{place}.".startswith(f"{error.name}."):
+            raise
+        raise UserError(
+            f"{title} has no module {place}, which would build the step: write it, as the head "
+            "of tools/check_static.py says."
+        ) from error
 
 
 def find_build(options: argparse.Namespace) -> tuple[str, Callable[[torch.device], Any], int]:
@@ -61,15 +85,7 @@ def find_build(options: argparse.Namespace) -> tuple[str, Callable[[torch.device
         title, name = model.name, "build"
         place = f"{model.package.name}.static"
         sys.path.insert(0, str(model.path))
-    try:
-        module = importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        if error.name and not f"{place}.".startswith(f"{error.name}."):
-            raise
-        raise UserError(
-            f"{title} has no module {place}, which would build the step: write it, as the head "
-            "of tools/check_static.py says."
-        ) from error
+    module = import_steps(place, title)
     build = getattr(module, name, None)
     if not callable(build):
         raise UserError(f"the module {place} has no function {name or 'after the colon'!r}.")

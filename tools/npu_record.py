@@ -11,7 +11,6 @@ To be run where ``npu_simulator.is_here()``.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from unittest import mock
 import torch
 
 import npu_sim
+from check_static import import_steps
 from model_dirs import ModelDir
 from npu_rules import Broken, CallWatch, broken_by
 from npu_sim.native import native_operators
@@ -148,15 +148,7 @@ def load_static(model: ModelDir) -> ModuleType:
     """
     sys.path.insert(0, str(model.path))
     place = f"{model.package.name}.static"
-    try:
-        static = importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        if error.name and not f"{place}.".startswith(f"{error.name}."):
-            raise
-        raise UserError(
-            f"{model.name} has no module {place}, which would build its steps: write it, as the "
-            "head of tools/check_static.py says."
-        ) from error
+    static = import_steps(place, model.name)
     for name in ("build", "evaluation"):
         if not callable(getattr(static, name, None)):
             raise UserError(f"the module {place} has no function {name}(device).")
