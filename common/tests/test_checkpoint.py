@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,6 +77,45 @@ def test_weights_files_of_other_tools_are_read(wrap, tmp_path: Path) -> None:
     weights = network().state_dict()
     torch.save(wrap({f"module.{key}": value for key, value in weights.items()}), tmp_path / "w.pth")
     assert list(checkpoint.load(tmp_path / "w.pth")["model"]) == list(weights)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_a_runner_leaves_beside_the_weights_is_not_read(
+    zipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenMMLab's runner writes its log: objects of its own with arrays and methods inside."""
+    built: list[object] = []
+
+    class HistoryBuffer:
+        def __init__(self) -> None:
+            self.history, self.methods = np.ones(3), {"mean": HistoryBuffer.mean}
+
+        def mean(self) -> None: ...
+
+        def __setstate__(self, state: object) -> None:
+            built.append(state)
+
+    HistoryBuffer.__module__ = "mmengine.logging.history_buffer"
+    HistoryBuffer.__qualname__ = "HistoryBuffer"
+    HistoryBuffer.mean.__module__ = HistoryBuffer.__module__
+    HistoryBuffer.mean.__qualname__ = "HistoryBuffer.mean"
+    holder = SimpleNamespace(HistoryBuffer=HistoryBuffer)
+    for name in ("mmengine", "mmengine.logging", HistoryBuffer.__module__):
+        monkeypatch.setitem(sys.modules, name, holder)
+    weights = network().state_dict()
+    content = {
+        "meta": {"CLASSES": ("cat", "dog"), "config": "x = 1", "best": np.float64(0.5)},
+        "state_dict": weights,
+        "message_hub": {"log_scalars": {"loss": HistoryBuffer()}},
+    }
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    loaded = checkpoint.load(tmp_path / "w.pth")
+    assert list(loaded["model"]) == list(weights)
+    assert loaded["meta"]["CLASSES"] == ("cat", "dog")
+    assert not built
+    torch.save({"model": {"w": np.ones(3)}}, tmp_path / "arrays.pth")
+    with pytest.raises(UserError, match=r"arrays\.pth was refused: its weights are no tensors"):
+        checkpoint.load(tmp_path / "arrays.pth")
 
 
 def test_a_file_that_would_run_code_is_refused_and_nothing_runs(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from zoo_common import distributed
-from zoo_common.detection.coco_eval import CocoEvaluator
+from zoo_common.detection.coco import open_index
+from zoo_common.detection.coco_eval import CocoEvaluator, check_outlines
 from zoo_common.errors import TrainingError, UserError
 
 IDS = [90, 3, 17, 44, 1, 60]  # of the categories, with gaps and in no order
@@ -349,6 +350,20 @@ def test_broken_outlines_are_named(outline: Any) -> None:
     evaluator = add_all(CocoEvaluator(truth), DETECTIONS)
     with pytest.raises(UserError, match="annotation 4993 cannot be used"):
         evaluator.summarize()
+
+
+@pytest.mark.parametrize("outline", [[[1.0]], {"size": [5, 5], "counts": [25]}])
+def test_broken_outlines_are_told_before_a_run_too(outline: Any, tmp_path: Path) -> None:
+    truth = copy.deepcopy(TRUTH)
+    for image in truth["images"]:
+        image["file_name"] = f"{image['id']}.jpg"
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(truth))
+    check_outlines(open_index(path, None))
+    truth["annotations"][7]["segmentation"] = outline
+    path.write_text(json.dumps(truth))
+    with pytest.raises(UserError, match=r"instances\.json: .*annotation 4993 cannot be used"):
+        check_outlines(open_index(path, None))
 
 
 def test_results_that_cannot_be_written(tmp_path: Path) -> None:

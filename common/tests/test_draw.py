@@ -1,7 +1,6 @@
-"""Drawing of detections, looked at through pixels, and the pictures of a command line."""
+"""Drawing of detections, looked at through pixels."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,7 @@ from pycocotools import mask as coco_mask
 from zoo_common.detection.draw import (
     class_colour,
     draw_detections,
-    find_pictures,
-    open_picture,
 )
-from zoo_common.errors import UserError
 
 # What pycocotools' decode() says with numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -76,6 +72,17 @@ def test_masks_are_translucent_and_stay_in_their_boxes():
         mixed, colour = pixels[place].astype(int), np.array(class_colour(label))
         share = (mixed - 100) / (colour - 100)
         assert share == pytest.approx(0.45, abs=0.05)
+
+
+def test_frames_may_be_left_out():
+    mask = np.zeros((1, 300, 400), dtype=bool)
+    mask[0, 150:200, 150:200] = True
+    box = np.array([[100.0, 80.0, 300.0, 250.0]])
+    framed = changed(drawn(canvas(400, 300), box, ["dog"], [0.9], mask))
+    plain = changed(drawn(canvas(400, 300), box, ["dog"], [0.9], mask, frames=False))
+    assert framed[150, 100] and not plain[150, 100]
+    assert plain[79].any(), "the label stands where the box would have been"
+    assert plain[80:].sum() == 50 * 50
 
 
 def test_run_lengths_draw_what_arrays_draw():
@@ -196,79 +203,3 @@ def test_a_hundred_masks_of_a_large_picture_are_quick():
     pixels = drawn(image, boxes, labels, scores, masks)
     assert time.process_time() - start < 4
     assert changed(pixels).mean() > 0.5
-
-
-# Pictures of a command line
-
-
-def test_directories_are_expanded(tmp_path):
-    for name in ("b.JPG", "a.png", "c.jpeg"):
-        canvas(8, 6).save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no picture")
-    (tmp_path / "inner.jpg").mkdir()
-    (tmp_path / "._a.png").write_bytes(b"left by another system")
-    odd = tmp_path / "picture without suffix"
-    canvas(8, 6).save(odd, format="PNG")
-    found = find_pictures([odd, str(tmp_path), tmp_path / "a.png"])
-    assert found == [odd, tmp_path / "a.png", tmp_path / "b.JPG", tmp_path / "c.jpeg"]
-    assert find_pictures([]) == []
-
-
-def test_what_is_no_picture_is_refused(tmp_path):
-    text = tmp_path / "text.jpg"
-    text.write_text("no picture")
-    nothing = tmp_path / "empty.png"
-    nothing.touch()
-    for path in (text, nothing):
-        with pytest.raises(UserError, match=rf"{path.name} is no picture .*; give a JPEG or PNG"):
-            find_pictures([path])
-    with pytest.raises(UserError, match="is no picture"):
-        find_pictures([tmp_path])
-    with pytest.raises(UserError, match=r"absent.jpg is not there; give a picture"):
-        find_pictures([tmp_path / "absent.jpg"])
-    empty = tmp_path / "nothing here"
-    empty.mkdir()
-    with pytest.raises(UserError, match=r"nothing here holds no picture; give"):
-        find_pictures([empty])
-
-
-def test_pictures_are_opened_upright_and_whole(tmp_path):
-    lying = canvas(40, 20)
-    lying.paste((250, 0, 0), (0, 0, 10, 20))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    lying.save(tmp_path / "turned.png", exif=exif)
-    upright = open_picture(tmp_path / "turned.png")
-    assert (upright.size, upright.mode) == ((20, 40), "RGB")
-    assert upright.getpixel((10, 2)) == (250, 0, 0)
-    assert upright.getpixel((10, 38)) == GREY
-
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    for name in ("cut.jpg", "cut.png"):
-        Image.fromarray(noise).save(tmp_path / name)
-        data = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(data[: len(data) // 2])
-        assert find_pictures([tmp_path / name]), "its head is whole"
-        with pytest.raises(UserError, match=rf"{name} is damaged \(.*\); replace it"):
-            open_picture(tmp_path / name)
-
-
-def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
-    path = tmp_path / "locked.png"
-    canvas(8, 6).save(path)
-
-    def refuse(*args: object, **options: object) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(Image, "open", refuse)
-    with pytest.raises(UserError, match=r"locked.png cannot be read \(Permission denied\)"):
-        find_pictures([path])
-
-
-def test_a_large_picture_is_taken(tmp_path, monkeypatch):
-    canvas(40, 40).save(tmp_path / "large.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    assert open_picture(tmp_path / "large.png").size == (40, 40)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
-    with pytest.raises(UserError, match=r"large.png is too large"):
-        find_pictures([Path(tmp_path / "large.png")])

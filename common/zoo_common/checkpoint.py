@@ -31,6 +31,27 @@ T = TypeVar("T")
 FORMAT = 1
 _MODEL_KEYS = ("model", "state_dict", "model_state_dict")
 
+_MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
+_BESIDE_WEIGHTS = (
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "builtins.getattr",
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"{module}.{name}" for module in _MULTIARRAY for name in ("_reconstruct", "scalar")),
+)
+"""What runners, OpenMMLab's among them, write beside the weights; an :class:`_Unread` is put in
+place of each, so that none of it is run or built."""
+
+
+class _Unread:
+    """Stands for an object that nobody needs; takes what a pickle gives it and keeps nothing."""
+
+    def __new__(cls, *arguments: object) -> "_Unread":
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        """Nothing of it is kept."""
+
 
 class SaveError(TrainingError):
     """A checkpoint could not be written; the one before is untouched."""
@@ -94,13 +115,15 @@ def load(path: Path) -> dict[str, Any]:
     """Reads a checkpoint file onto the CPU, without running code that may be in it.
 
     Returns:
-        What was saved; a bare state_dict comes as ``{"model": state_dict}``.
+        What was saved; a bare state_dict comes as ``{"model": state_dict}``. Arrays of NumPy and
+        the like, as some runners write them beside the weights, are not read.
 
     Raises:
         UserError: no such file, truncated or damaged, holds more than plain data, or no weights.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DeiT-style "args"
+        unread = [(_Unread, name) for name in _BESIDE_WEIGHTS]
+        with torch.serialization.safe_globals([argparse.Namespace, *unread]):  # DeiT-style "args"
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"Cannot read the checkpoint {path}: {error.strerror}.") from error
@@ -117,6 +140,11 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"The checkpoint {path} holds no dict of weights, but a {type(content)}.")
     for key in _MODEL_KEYS:
         if isinstance(content.get(key), dict):
+            if any(isinstance(value, _Unread) for value in content[key].values()):
+                raise UserError(
+                    f"The checkpoint {path} was refused: its weights are no tensors; save it again "
+                    "with its state_dict only."
+                )
             return {**content, "model": without_prefix(content[key])}
     if content and all(isinstance(value, Tensor) for value in content.values()):
         return {"model": without_prefix(content)}

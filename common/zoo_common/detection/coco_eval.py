@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
 from zoo_common import distributed
+from zoo_common.detection.coco import CocoIndex
 from zoo_common.errors import TrainingError, UserError
 
 Kind = Literal["bbox", "segm"]
@@ -507,6 +508,22 @@ def _mask_of(annotation: Mapping[str, Any], height: int, width: int) -> Mapping[
             "correct the annotations."
         ) from error
     return {"size": [height, width], "counts": _as_bytes(rle["counts"])}
+
+
+def check_outlines(index: CocoIndex) -> None:
+    """Tells outlines that masks cannot be scored against before a run, and not at its end.
+
+    Raises:
+        UserError: there is one.
+    """
+    if not index.problems.keys() & {"short_polygons", "unfit_rles"}:
+        return
+    for image in range(len(index)):
+        for annotation in index.annotation_dicts(image):
+            try:
+                _mask_of(annotation, *index.size(image))
+            except UserError as error:
+                raise UserError(f"{index.annotations}: {error}") from error
 
 
 def _as_bytes(counts: bytes | str) -> bytes:

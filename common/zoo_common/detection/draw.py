@@ -1,4 +1,4 @@
-"""Detections drawn into pictures, and the pictures that a predict program is given.
+"""Detections drawn into pictures.
 
 Shapes: K detections, H, W height and width of the picture. Boxes are xyxy in its pixels.
 """
@@ -6,24 +6,17 @@ Shapes: K detections, H, W height and width of the picture. Boxes are xyxy in it
 from __future__ import annotations
 
 import colorsys
-import warnings
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
-
-from zoo_common.errors import UserError
 
 RGB = tuple[int, int, int]
 _Box = tuple[int, int, int, int]
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
-"""Names of files that are taken for pictures when a directory is given."""
 
 # How much of a mask's pixel is its colour, of 255.
 _OPACITY = 115
@@ -46,6 +39,8 @@ def draw_detections(
     scores: Sequence[float] | np.ndarray,
     masks: np.ndarray | Iterable[Mapping[str, Any]] | None = None,
     score_threshold: float = 0.5,
+    *,
+    frames: bool = True,
 ) -> Image.Image:
     """Draws detections over a picture: translucent masks, boxes, labels with scores.
 
@@ -59,6 +54,7 @@ def draw_detections(
         masks: bool of shape (K, H, W), or a COCO RLE of the picture's size for each box, or None
             for boxes alone. Only the part of a mask inside its box is drawn.
         score_threshold: detections with a lower score are left out.
+        frames: whether boxes are drawn, beside their masks and labels.
 
     Returns:
         A new picture of the same size, RGB.
@@ -76,7 +72,7 @@ def draw_detections(
 
     side = min(canvas.size)
     pen = ImageDraw.Draw(canvas)
-    for k in shown:
+    for k in shown if frames else ():
         pen.rectangle(
             boxes[k], outline=class_colour(labels[k]), width=max(1, round(_LINE_PART * side))
         )
@@ -160,65 +156,3 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 def _overlap(one: _Box, other: _Box) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
-
-
-def find_pictures(paths: Iterable[str | Path]) -> list[Path]:
-    """The files that a command line means, each once, in the order given.
-
-    Args:
-        paths: pictures, and directories of which the pictures directly inside are taken, by name.
-
-    Returns:
-        Files that begin as pictures do; what is further on in them has not been read.
-
-    Raises:
-        UserError: one is not there or is no picture, or a directory holds none.
-    """
-    found: dict[Path, None] = {}
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-            inside = [p for p in inside if p.is_file() and not p.name.startswith(".")]
-            if not inside:
-                raise UserError(
-                    f"{path} holds no picture; give picture files, or a directory that holds some "
-                    f"({', '.join(SUFFIXES)})"
-                )
-        else:
-            inside = [path]
-        for file in inside:
-            _open(file).close()
-            found[file] = None
-    return list(found)
-
-
-def open_picture(path: Path) -> Image.Image:
-    """A picture, RGB, turned as its EXIF data say.
-
-    Raises:
-        UserError: it cannot be read, or is damaged.
-    """
-    with _open(path) as picture:
-        try:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"{path} is damaged ({error}); replace it or leave it out") from error
-
-
-def _open(path: Path) -> Image.Image:
-    """Opens a picture and reads its head."""
-    try:
-        with warnings.catch_warnings():
-            # Pictures of more than 90 megapixels are what was asked for.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is not there; give a picture or a directory") from error
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path} is too large ({error}); make it smaller") from error
-    except UnidentifiedImageError as error:
-        raise UserError(
-            f"{path} is no picture that can be read; give a JPEG or PNG file"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error

@@ -7,17 +7,18 @@ modeling/backbone/{resnet,fpn}.py).
 
 What differs, with the same numbers: a frozen batch normalisation is multiplied into the weights
 of its convolution, which saves a pass over every activation and its memory. And an image may be
-padded beyond what its batch needs (:class:`Extent`): the padding is kept at zero in front of
-every operator that looks at neighbours, so that it acts as the border of the image does.
+padded beyond what its batch needs (:mod:`zoo_common.detection.extent`): the padding is kept at
+zero in front of every operator that looks at neighbours, so that it acts as the border of the
+image does.
 
 Shape letters: B images, C channels, H W pixels of a map.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from zoo_common.detection.extent import Extent
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 """Residual blocks of each stage, by depth."""
@@ -26,44 +27,6 @@ STRIDES = (4, 8, 16, 32, 64)
 """Pixels of the image per cell of p2 to p6."""
 
 GROUPS = 32  # of group normalisation
-
-
-@dataclass(frozen=True)
-class Extent:
-    """The part of a padded batch that counts.
-
-    Attributes:
-        size_2: int64, height and width in pixels of the image.
-    """
-
-    size_2: Tensor
-
-    def cells_2(self, stride: int) -> Tensor:
-        """Height and width in cells of a map with this stride."""
-        return (self.size_2 + stride - 1) // stride
-
-    def inside(self, stride: int, height: int, width: int) -> Tensor:
-        """Which cells of a map count, bool [height, width]."""
-        cells_2 = self.cells_2(stride)
-        rows = torch.arange(height, device=cells_2.device) < cells_2[0]
-        columns = torch.arange(width, device=cells_2.device) < cells_2[1]
-        return rows[:, None] & columns
-
-    def clear(self, map_BCHW: Tensor, stride: int) -> Tensor:
-        """Sets in place to zero what lies outside; finite numbers are expected there."""
-        inside = self.inside(stride, *map_BCHW.shape[-2:])
-        return map_BCHW.mul_(inside.to(map_BCHW.dtype))
-
-    def extend(self, map_BCHW: Tensor, stride: int) -> Tensor:
-        """Repeats the last row and column that count once, as RoIAlign does at a border."""
-        last_2 = self.cells_2(stride) - 1
-        for dim, last in ((2, last_2[0:1]), (3, last_2[1:2])):
-            # Not index_copy, which on an NPU is an old operator for float32 alone.
-            cells = torch.arange(map_BCHW.shape[dim], device=last.device)
-            beyond = cells == (last + 1).clamp(max=map_BCHW.shape[dim] - 1)
-            beyond = beyond[:, None] if dim == 2 else beyond
-            map_BCHW = torch.where(beyond, map_BCHW.index_select(dim, last), map_BCHW)
-        return map_BCHW
 
 
 class FrozenBatchNorm(nn.Module):

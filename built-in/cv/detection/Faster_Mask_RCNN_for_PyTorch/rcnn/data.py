@@ -1,6 +1,5 @@
 """The images and objects of a run, from its config."""
 
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -15,7 +14,6 @@ from zoo_common.detection.batching import (
 )
 from zoo_common.detection.coco import CocoIndex, open_index
 from zoo_common.detection.loading import build_eval_stream, build_train_stream
-from zoo_common.errors import UserError
 from zoo_common.run import Run
 
 
@@ -94,90 +92,3 @@ def eval_stream(config: Config, index: CocoIndex, run: Run) -> BatchStream[Detec
         max_damaged=data.max_damaged,
         device=run.device,
     )
-
-
-def check_objects(index: CocoIndex) -> None:
-    """Tells annotations without anything to learn or to find, before hours are spent on them.
-
-    Raises:
-        UserError: no image has an object that is no crowd region.
-    """
-    if not len(index.trainable()):
-        outline = " with an outline" if index.masks else ""
-        raise UserError(
-            f"No image of {index.annotations} has an object{outline}, crowd regions aside: give "
-            "annotations with objects."
-        )
-
-
-def agree_on_classes(config: Config, index: CocoIndex, held_out: CocoIndex) -> list[str]:
-    """The classes of a run, which training and held-out data name alike.
-
-    Raises:
-        UserError: they differ, or ``model.num_classes`` is another number.
-    """
-    data = config.data
-    if index.category_ids != held_out.category_ids:
-        lacking = set(held_out.category_ids) ^ set(index.category_ids)
-        raise UserError(
-            f"{data.train_json} and {data.val_json} list different categories (ids "
-            f"{sorted(lacking)[:10]} stand in one only): give both the same."
-        )
-    for number, name, other in zip(
-        index.category_ids, index.classes, held_out.classes, strict=True
-    ):
-        if name != other:
-            raise UserError(
-                f"The category id {number} is {name!r} in {data.train_json}, but {other!r} in "
-                f"{data.val_json}: give both the same categories."
-            )
-    wanted = config.model.num_classes
-    if wanted not in (0, len(index.classes)):
-        raise UserError(
-            f"model.num_classes={wanted} (MODEL.ROI_HEADS.NUM_CLASSES), but {data.train_json} has "
-            f"{len(index.classes)} categories: leave it out, it is taken from the data."
-        )
-    return index.classes
-
-
-def write_classes(classes: list[str], run: Run) -> None:
-    """Writes ``classes.txt`` beside the checkpoints, a name a line."""
-    if run.processes.is_main:
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
-        text = "".join(f"{name}\n" for name in _lines(classes))
-        (run.checkpoints / "classes.txt").write_text(text, encoding="utf-8")
-
-
-def read_classes(checkpoint: Path) -> list[str] | None:
-    """What :func:`write_classes` wrote for a checkpoint; None if that is not of this zoo."""
-    try:
-        text = checkpoint.with_name("classes.txt").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{checkpoint.with_name('classes.txt')} cannot be read ({error}): mend or remove it."
-        ) from error
-    return text.splitlines()
-
-
-def check_classes(index: CocoIndex, checkpoint: Path) -> None:
-    """Compares the classes that a checkpoint was trained on, if that is known, with a data set's.
-
-    Raises:
-        UserError: they differ, so that scores would be of other classes.
-    """
-    trained, there = read_classes(checkpoint), _lines(index.classes)
-    if trained in (None, there):
-        return
-    pairs = zip_longest(trained or [], there, fillvalue="-")
-    one, other = next((one, other) for one, other in pairs if one != other)
-    raise UserError(
-        f"{checkpoint} was trained on other classes than {index.annotations} lists ({one!r} there, "
-        f"{other!r} here): give the annotations that belong to it, or correct its classes.txt."
-    )
-
-
-def _lines(names: list[str]) -> list[str]:
-    """Class names without line breaks."""
-    return [" ".join(name.split()) for name in names]

@@ -19,8 +19,9 @@ from zoo_common.amp import inference_autocast
 from zoo_common.config import load_config
 from zoo_common.detection import boxes, masks
 from zoo_common.detection.batching import DetectionBatch
+from zoo_common.detection.classes import check_classes, check_objects
 from zoo_common.detection.coco import CocoIndex
-from zoo_common.detection.coco_eval import CocoEvaluator
+from zoo_common.detection.coco_eval import CocoEvaluator, check_outlines
 from zoo_common.distributed import sum_across
 from zoo_common.errors import UserError
 from zoo_common.run import Metric, Run, TrainState, start_run
@@ -33,13 +34,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(Config, sys.argv[1:] if argv is None else argv, CARD_OPTIONS)
     with start_run(config, METRIC) as run:
         index = data.open_val(config)
-        data.check_objects(index)
+        check_objects(index)
+        if config.model.masks:
+            check_outlines(index)
         run.say(index.describe())
         static_shapes = data.wants_static_shapes(config, run.device)
         model = build_model(config, len(index.classes), static_shapes=static_shapes)
         path = Path(config.weights.checkpoint)
         run.say(weights.load_for_evaluation(model, path, config.model))
-        data.check_classes(index, path)
+        check_classes(index, path)
         evaluate(run, to_device(model, run.device), index, config)
         run.finish(batch_size=config.evaluate.batch_size)
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from rcnn import targets
-from rcnn.backbone import Extent, FeaturePyramid, ResNet
+from rcnn.backbone import FeaturePyramid, ResNet
 from rcnn.config import Config
 from rcnn.roi_heads import Detections, RoiHeads
 from rcnn.rpn import Proposals, RegionProposals
 from zoo_common import device as devices
 from zoo_common.detection.batching import DetectionBatch
+from zoo_common.detection.extent import Extent
 
 FLOAT32_INPUTS = ("boxes_BQ4", "edges_BQE4")
 """Fields of a batch that half precision must not touch: pixels need more than 8 bits."""

@@ -12,38 +12,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image
 from rich.progress import track
 
 from rcnn import weights
 from rcnn.config import CARD_OPTIONS, Config
-from rcnn.data import read_classes
 from rcnn.evaluate import to_originals
 from rcnn.model import GeneralizedRCNN, build_model, to_device
 from zoo_common import device as devices
 from zoo_common.config import load_config
 from zoo_common.detection.batching import Collate, Entry
-from zoo_common.detection.draw import draw_detections, find_pictures, open_picture
+from zoo_common.detection.classes import class_names
+from zoo_common.detection.draw import draw_detections
+from zoo_common.detection.pictures import find_pictures, open_picture, output_files, save
 from zoo_common.detection.transforms import Sample, resize_image, shortest_edge_size
 from zoo_common.errors import UserError
 from zoo_common.preflight import check_checkpoint_file
 
-_NAMES = (
-    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, "
-    "fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, "
-    "elephant, bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, "
-    "skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, "
-    "surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, "
-    "apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, "
-    "potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard, "
-    "cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, "
-    "teddy bear, hair drier, toothbrush"
-)
-COCO_CLASSES = _NAMES.split(", ")
-"""COCO's 80 classes in the order of their ids, for checkpoints that come without names."""
-
-_MARK = ("Software", "rcnn.predict")
+MARK = "rcnn.predict"
 """Stands in each PNG drawn here, which may therefore be drawn again."""
 
 
@@ -89,71 +75,21 @@ def predict(options: argparse.Namespace, settings: Sequence[str]) -> None:
     if not 0 <= options.score <= 1:
         raise UserError(f"--score must be between 0 and 1, but is {options.score}.")
     pictures = find_pictures(options.images)
-    targets = output_files(pictures, options.out)
+    targets = output_files(pictures, options.out, MARK)
     check_checkpoint_file(options.checkpoint, "--checkpoint")
     config = network_config(options.checkpoint, options.config_file, settings)
-    names = class_names(options.checkpoint, options.classes)
     device = devices.resolve(options.device)
     count = weights.count_classes(options.checkpoint)
+    names = class_names(options.checkpoint, options.classes, count)
     model = build_model(config, count)
     print(weights.load_for_evaluation(model, options.checkpoint, config.model), file=sys.stderr)
     to_device(model, device).eval()
-    if names is None:
-        known = count == len(COCO_CLASSES)
-        names = list(COCO_CLASSES) if known else [f"class {i}" for i in range(count)]
-    if len(names) != count:
-        raise UserError(
-            f"There are {len(names)} class names, but {options.checkpoint} has {count} classes: "
-            "give the right --classes."
-        )
     quiet = not sys.stdout.isatty()
     pairs = list(zip(pictures, targets, strict=True))
     for source, target in track(pairs, disable=quiet):
         drawn, found = draw(model, config, open_picture(source), names, options.score, device)
-        save(drawn, target)
+        save(drawn, target, MARK)
         print(f"{source}: {found}; drawn in {target}")
-
-
-def output_files(pictures: Sequence[Path], directory: Path) -> list[Path]:
-    """A PNG for each picture.
-
-    Raises:
-        UserError: two pictures have one name, or a file would be overwritten that was not drawn
-            here.
-    """
-    targets = [directory / f"{picture.stem}.png" for picture in pictures]
-    twice = {target.name for target in targets if targets.count(target) > 1}
-    if twice:
-        raise UserError(f"Two pictures would become {twice.pop()}: draw them into two directories.")
-    sources = {picture.resolve() for picture in pictures}
-    for target in targets:
-        if target.resolve() in sources:
-            raise UserError(f"{target} is one of the pictures: give another --out.")
-        if target.exists() and not is_drawn_here(target):
-            raise UserError(f"{target} is there and was not drawn here: give another --out.")
-    return targets
-
-
-def is_drawn_here(file: Path) -> bool:
-    """Whether a file is a PNG that this program drew."""
-    try:
-        with Image.open(file) as picture:
-            return picture.info.get(_MARK[0]) == _MARK[1]
-    except (UnidentifiedImageError, OSError):
-        return False
-
-
-def save(picture: Image.Image, target: Path) -> None:
-    """Writes a PNG with our mark, and the directories above it."""
-    info = PngInfo()
-    info.add_text(*_MARK)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(target, pnginfo=info)
-    except OSError as error:
-        raise UserError(
-            f"Cannot write {target}: {error.strerror or error}; give another --out."
-        ) from error
 
 
 def network_config(checkpoint: Path, file: Path | None, settings: Sequence[str]) -> Config:
@@ -164,18 +100,6 @@ def network_config(checkpoint: Path, file: Path | None, settings: Sequence[str])
     elif (recorded := checkpoint.resolve().parent.parent / "config.yaml").is_file():
         words = [f"--config={recorded}", *words]
     return load_config(Config, words, CARD_OPTIONS)
-
-
-def class_names(checkpoint: Path, file: Path | None) -> list[str] | None:
-    """Names from ``--classes`` or from beside the checkpoint."""
-    if file is None:
-        return read_classes(checkpoint)
-    try:
-        return file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"--classes: cannot read {file}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--classes: {file} is no UTF-8 text: give a name a line.") from error
 
 
 def draw(

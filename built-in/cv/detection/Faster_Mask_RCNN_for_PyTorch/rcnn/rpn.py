@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rcnn import boxcoder
-from rcnn.backbone import STRIDES, Extent
+from rcnn.backbone import STRIDES
 from rcnn.config import AnchorConfig, RpnConfig
 from rcnn.targets import Matches, Sampler, match, sample, take, wide
 from zoo_common.detection import boxes, ops
+from zoo_common.detection.extent import Extent
 
 
 class Proposals(NamedTuple):

@@ -19,7 +19,14 @@ from rcnn.model import FLOAT32_INPUTS, GeneralizedRCNN, build_model, to_device
 from rcnn.recipe import build_optimizer, set_lr
 from zoo_common.amp import Precision
 from zoo_common.config import load_config
+from zoo_common.detection.classes import (
+    agree_on_classes,
+    check_classes,
+    check_objects,
+    write_classes,
+)
 from zoo_common.detection.coco import CocoIndex
+from zoo_common.detection.coco_eval import check_outlines
 from zoo_common.distributed import wrap
 from zoo_common.run import Run, TrainState, start_run
 
@@ -31,13 +38,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         check(config, run.processes.world_size, "acc")
         index = data.open_train(config)
         held_out = data.open_val(config)
-        classes = data.agree_on_classes(config, index, held_out)
+        classes = agree_on_classes(
+            index,
+            held_out,
+            config.model.num_classes,
+            option="model.num_classes (MODEL.ROI_HEADS.NUM_CLASSES)",
+        )
         run.say(index.describe())
-        data.check_objects(index)
+        check_objects(index)
         if config.evaluate.at_end or config.evaluate.every:
-            data.check_objects(held_out)
+            check_objects(held_out)
+            if config.model.masks:
+                check_outlines(held_out)
         if run.resume_file is not None:
-            data.check_classes(index, run.resume_file)
+            check_classes(index, run.resume_file)
         solver = config.solver
         total_steps = min(solver.max_iter, config.run.max_steps or solver.max_iter)
         train_data = data.train_stream(config, index, run, total_steps)
@@ -60,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Constant buffers: frozen statistics are the same everywhere.
         network = wrap(model, run.device, sync_buffers=False)
         run.say(describe(config, index, model, precision))
-        data.write_classes(classes, run)
+        write_classes(classes, run)
 
         for batch in run.steps(state):
             lr = set_lr(optimizer, state.step - 1, solver)

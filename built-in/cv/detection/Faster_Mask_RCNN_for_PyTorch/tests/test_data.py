@@ -1,6 +1,5 @@
-"""The images, objects and classes of a run, from its config."""
+"""The images and objects of a run, from its config."""
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from detector_runs import annotation, draw_coco, edit
 
 from rcnn import data
 from rcnn.config import CARD_OPTIONS, Config
@@ -20,7 +20,7 @@ from zoo_common.run import Run
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from rcnn_runs import annotation, draw_coco, edit, write_recipe
+from rcnn_runs import write_recipe
 
 
 @pytest.fixture
@@ -109,42 +109,8 @@ def test_static_shapes_are_for_accelerators_unless_said_otherwise(coco: Path) ->
     assert not data.wants_static_shapes(config, npu)
 
 
-def test_classes_must_agree(coco: Path) -> None:
-    config = settings(coco)
-    indices = data.open_train(config), data.open_val(config)
-    assert data.agree_on_classes(config, *indices) == ["cat", "big dog"]
-    config.model = dataclasses.replace(config.model, num_classes=80)
-    with pytest.raises(UserError, match=r"num_classes=80 .* has 2 categories"):
-        data.agree_on_classes(config, *indices)
-
-
-def test_class_names_are_kept_a_line_each(coco: Path, tmp_path: Path) -> None:
-    edit(coco, "val", lambda content: content["categories"][1].update(name="Bär\n\u2028 zwei"))
-    index = data.open_val(settings(coco))
-    checkpoint = tmp_path / "kept" / "best.pth"
-    assert data.read_classes(checkpoint) is None
-    data.check_classes(index, checkpoint)  # nothing is known
-    data.write_classes(index.classes, run_of(directory=checkpoint.parent))
-    assert data.read_classes(checkpoint) == ["cat", "Bär zwei"]
-    data.check_classes(index, checkpoint)
-    data.write_classes(["cat"], run_of(directory=checkpoint.parent))
-    with pytest.raises(UserError, match=r"other classes than .* \('-' there, 'Bär zwei' here\)"):
-        data.check_classes(index, checkpoint)
-    data.write_classes(["other"], run_of(rank=1, world_size=2, directory=checkpoint.parent))
-    assert data.read_classes(checkpoint) == ["cat"]
-    (tmp_path / "kept" / "classes.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"classes\.txt cannot be read"):
-        data.read_classes(checkpoint)
-
-
-def test_annotations_without_objects_are_refused(coco: Path) -> None:
-    data.check_objects(data.open_train(settings(coco)))
-    crowds = [annotation(15, 3, (5, 5, 20, 20)) | {"iscrowd": 1, "id": 1}]
-    edit(coco, "train", lambda content: content.update(annotations=crowds))
-    with pytest.raises(UserError, match="has an object with an outline, crowd regions aside"):
-        data.check_objects(data.open_train(settings(coco)))
+def test_faster_rcnn_takes_objects_without_an_outline(coco: Path) -> None:
     boxes = [annotation(15, 3, (5, 5, 20, 20)) | {"segmentation": [], "id": 1}]
     edit(coco, "train", lambda content: content.update(annotations=boxes))
-    with pytest.raises(UserError, match="has an object with an outline"):
-        data.check_objects(data.open_train(settings(coco)))
-    data.check_objects(data.open_train(settings(coco, "model.masks=false")))
+    assert not len(data.open_train(settings(coco)).trainable())
+    assert len(data.open_train(settings(coco, "model.masks=false")).trainable()) == 1

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detector_runs import ABSENT, DEVICE
 from PIL import Image
 
 from rcnn import predict
@@ -20,8 +21,8 @@ from zoo_common.config import load_config, to_yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from rcnn_runs import ABSENT, DEVICE, write_recipe
 from rcnn_runs import predict as predict_in_a_shell
+from rcnn_runs import write_recipe
 
 NAMES = "cat\nbig dog\n"
 

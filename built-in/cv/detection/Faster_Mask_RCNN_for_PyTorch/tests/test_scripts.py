@@ -5,34 +5,34 @@ import os
 import pickle
 import shutil
 import socket
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from rcnn_runs import (
+from detector_runs import (
     DEVICE,
     JSON,
+    Answer,
+    Case,
     annotation,
+    assert_refused,
+    assert_same_weights,
     detections_of,
     draw_coco,
     edit,
     lines_of,
     losses_of,
+    report_of,
     result_of,
-    script,
+    run_cases,
     snapshot,
     weights_of,
-    write_recipe,
 )
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from rcnn_runs import MODEL, script, write_recipe
 
 NETWORK = "Faster_Mask_RCNN_for_PyTorch"
 LOSSES = {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask"}
@@ -59,13 +59,6 @@ def trained(recipe: str, coco: Path, tmp_path_factory: pytest.TempPathFactory) -
     assert done.returncode == 0, done.stderr
     assert "Final Train Accuracy : " in done.stdout
     return caller / "my out"
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    expected, found = weights_of(one), weights_of(other)
-    assert expected.keys() == found.keys()
-    for key, value in expected.items():
-        assert torch.equal(value, found[key]), key
 
 
 # ---------------------------------------------------------------------------- good runs
@@ -105,7 +98,7 @@ def test_a_run_records_what_it_did(trained: Path) -> None:
 
 def test_the_report_has_the_names_and_keys_of_the_original(trained: Path) -> None:
     case = f"{NETWORK}_bs2_1p_acc"
-    rows = dict(line.split(" = ") for line in (trained / f"{case}.log").read_text().splitlines())
+    rows = report_of(trained, case)
     assert list(rows) == [
         "Network",
         "RankSize",
@@ -261,24 +254,6 @@ def test_images_without_objects_are_trained_on_if_asked_for(recipe: str, tmp_pat
 
 
 # ---------------------------------------------------------------------------- bad input
-
-
-@dataclass(frozen=True)
-class Case:
-    """A command that is refused, and what is said; for {at} and such see :func:`refused`."""
-
-    run: str
-    words: Sequence[str]
-    said: Sequence[str]
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-
-class Answer(NamedTuple):
-    """What a case led to."""
-
-    done: subprocess.CompletedProcess[str]
-    said: Sequence[str]
-    output: Path
 
 
 TRAIN, EVAL, LAST = "train_full_1p", "train_eval_1p", "--checkpoint={at}/last.pth"
@@ -468,43 +443,18 @@ def before(bad: Path) -> dict[str, bytes]:
 def refused(
     bad: Path, before: object, recipe: str, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Answer]:
-    """What each case led to. They run a few at a time, since most of one is start-up."""
+    """What each case led to."""
     with socket.socket() as closed:  # bound, so that nobody else can listen there
         closed.bind(("127.0.0.1", 0))
         port = str(closed.getsockname()[1])
         server = "http:" + f"//127.0.0.1:{port}"  # in two parts, since it is no public address
         names = {"at": str(bad), "recipe": recipe, "port": port, "server": server}
-
-        def run(case: Case) -> Answer:
-            cwd = tmp_path_factory.mktemp("refused")
-            words = [fill(word, names) for word in ("--output_dir=out", *case.words)]
-            more = {name: fill(value, names) for name, value in case.environment.items()}
-            said = [fill(text, names) for text in case.said]
-            return Answer(script(case.run, *words, cwd=cwd, **more), said, cwd / "out")
-
-        with ThreadPoolExecutor(3) as pool:
-            return dict(zip(BAD_INPUT, pool.map(run, BAD_INPUT.values()), strict=True))
-
-
-def fill(text: str, names: Mapping[str, str]) -> str:
-    for name, value in names.items():
-        text = text.replace("{" + name + "}", value)
-    return text
+        return run_cases(MODEL, BAD_INPUT, names, tmp_path_factory.mktemp("refused"))
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_one_message_and_no_number(case: str, refused: dict[str, Answer]) -> None:
-    done, said, output = refused[case]
-    assert done.returncode == 2, done.stderr
-    words = [line for line in done.stderr.splitlines() if not line.startswith("env_npu.sh")]
-    assert words[0].startswith("error: ")
-    tree = words[0].endswith(("laid out as below, or", "Expected:", "sample data."))
-    assert len(words) == 1 or tree, done.stderr
-    for text in said:
-        assert text in done.stderr
-    assert "Final" not in done.stdout
-    for report in output.glob("*.log"):
-        assert "FPS" not in report.read_text()
+    assert_refused(refused[case])
 
 
 def test_bad_input_costs_nobody_a_file_and_runs_no_code(
