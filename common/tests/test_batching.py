@@ -15,6 +15,7 @@ from zoo_common.detection.batching import (
     StaticShapes,
     suggest_buckets,
 )
+from zoo_common.detection.bitmasks import Masks
 from zoo_common.detection.transforms import Sample, shortest_edge_size
 from zoo_common.errors import UserError
 
@@ -32,14 +33,20 @@ def entry(number: int, height: int, width: int, *edge_counts: int, rings: int = 
         rng.integers(1, 9, count),
         [rng.uniform(0, 9, (edges, 4)) for edges in edge_counts],
         [np.arange(edges) % rings for edges in edge_counts],
+        Masks.of(
+            [rng.integers(0, 2, (height, width), np.uint8) for _ in range(count)], height, width
+        ),
     )
     return Entry(sample, (2 * height, 2 * width), 100 + number, f"{number}.jpg")
 
 
 def collate(
-    *entries: Entry, shapes: StaticShapes | None = None, masks: bool = True
+    *entries: Entry,
+    shapes: StaticShapes | None = None,
+    masks: bool = True,
+    quarter_masks: bool = False,
 ) -> DetectionBatch:
-    return Collate(shapes, divisibility=32, masks=masks)(entries, [])
+    return Collate(shapes, divisibility=32, masks=masks, quarter_masks=quarter_masks)(entries, [])
 
 
 def test_a_natural_batch_is_as_large_as_what_is_in_it() -> None:
@@ -89,23 +96,59 @@ def test_outlines_fill_slots_and_leave_the_rest_marked() -> None:
     assert without.edges_BQE4 is None and without.rings_BQE is None
 
 
+@pytest.mark.parametrize("shapes", [None, SHAPES])
+def test_masks_fill_slots_at_a_quarter_of_the_padded_size(shapes: StaticShapes | None) -> None:
+    entries = [entry(1, 40, 70, 5, 3), entry(2, 50, 33), entry(3, 64, 33, 1)]
+    batch = collate(*entries, shapes=shapes, masks=False, quarter_masks=True)
+    assert batch.edges_BQE4 is None
+    masks_BQHW, centers_BQ2 = batch.masks_BQHW, batch.centers_BQ2
+    assert masks_BQHW is not None and masks_BQHW.dtype == torch.uint8
+    assert centers_BQ2 is not None and centers_BQ2.dtype == torch.float32
+    assert masks_BQHW.shape == (3, 3 if shapes else 2, 16, 24)
+    assert centers_BQ2.shape == (3, 3 if shapes else 2, 2)
+    for row, one in enumerate(entries):
+        masks = one.sample.masks
+        assert masks is not None
+        expected = np.zeros((masks.objects, 16, 24), np.uint8)
+        masks.write_quarters(expected)
+        assert np.array_equal(masks_BQHW[row, : masks.objects].numpy(), expected)
+        moments = masks.moments()
+        centers = (moments[:, 1:] / moments[:, :1]).astype(np.float32)
+        assert np.array_equal(centers_BQ2[row, : masks.objects].numpy(), centers)
+        assert not masks_BQHW[row, masks.objects :].any()
+        assert not centers_BQ2[row, masks.objects :].any()
+    without = collate(*entries)
+    assert without.masks_BQHW is None and without.centers_BQ2 is None
+    nothing = collate(quarter_masks=True)
+    assert nothing.masks_BQHW is not None and nothing.masks_BQHW.shape == (0, 1, 8, 8)
+
+
+def test_sides_without_quarters_are_refused() -> None:
+    with pytest.raises(UserError, match="multiples of 6 have no quarters"):
+        Collate(None, divisibility=6, masks=False, quarter_masks=True)
+    assert Collate(None, divisibility=6, masks=False).extent([(5, 7)]) == (6, 12)
+
+
 @pytest.mark.device
 def test_a_batch_goes_to_its_device_whole_but_for_the_ids() -> None:
-    batch = collate(entry(1, 40, 70, 5), entry(2, 40, 70)).to(DEVICE)
+    batch = collate(entry(1, 40, 70, 5), entry(2, 40, 70), quarter_masks=True).to(DEVICE)
     assert batch.rings_BQE is not None and batch.rings_BQE.dtype == torch.int64
     moved = [value for value in batch if isinstance(value, torch.Tensor)]
-    assert len(moved) == 10
-    assert [t.device.type for t in moved].count(DEVICE.type) >= 9
+    assert len(moved) == 12
+    assert [t.device.type for t in moved].count(DEVICE.type) >= 11
     assert batch.image_ids_B.device.type == "cpu"
-    assert collate(entry(1, 40, 70, 5), masks=False).to(DEVICE).edges_BQE4 is None
+    without = collate(entry(1, 40, 70, 5), masks=False).to(DEVICE)
+    assert without.edges_BQE4 is None and without.masks_BQHW is None
 
 
 @pytest.mark.parametrize("masks", [True, False])
 def test_parts_of_a_batch_hold_its_images_in_order(masks: bool) -> None:
-    batch = collate(*[entry(n, 40 + n, 70, 5, 3) for n in range(4)], masks=masks)
+    entries = [entry(n, 40 + n, 70, 5, 3) for n in range(4)]
+    batch = collate(*entries, masks=masks, quarter_masks=not masks)
     parts = batch.chunk(2)
     assert [part.item_ids for part in parts] == [["0.jpg", "1.jpg"], ["2.jpg", "3.jpg"]]
-    for name in ("images_BCHW", "sizes_B2", "boxes_BQ4", "valid_BQ", "edges_BQE4", "image_ids_B"):
+    per_image = ("images_BCHW", "sizes_B2", "boxes_BQ4", "valid_BQ", "edges_BQE4", "image_ids_B")
+    for name in (*per_image, "masks_BQHW", "centers_BQ2"):
         values = [getattr(part, name) for part in parts]
         whole = getattr(batch, name)
         if whole is None:
@@ -199,12 +242,12 @@ def test_shapes_that_are_none_are_refused(shapes: StaticShapes, message: str) ->
 
 
 def test_memory_is_foretold() -> None:
-    for shapes in (SHAPES, None):
-        collator = Collate(shapes, divisibility=32, masks=True)
+    for shapes, quarter_masks in ((SHAPES, False), (None, False), (SHAPES, True), (None, True)):
+        collator = Collate(shapes, divisibility=32, masks=True, quarter_masks=quarter_masks)
         batch = collator([entry(1, 90, 60, 8, 8, 8), entry(2, 96, 64)], [])
         taken = sum(
             tensor.nbytes
-            for tensor in batch[:8]
+            for tensor in (*batch[:8], batch.masks_BQHW, batch.centers_BQ2)
             if isinstance(tensor, torch.Tensor) and tensor.numel() > 4
         )
         assert collator.most_bytes(2, [(96, 64), (64, 64)], objects=3, edges=8) == taken

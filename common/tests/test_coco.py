@@ -188,6 +188,29 @@ def test_outlines_are_those_of_the_masks(tmp_path: Path) -> None:
     assert index.most_edges == most
 
 
+def test_masks_are_those_of_pycocotools(tmp_path: Path) -> None:
+    content = random_data_set(3)
+    far = [-30.0, -20.0, 900.0, 7.0, 3.0, 700.0]  # reaches out of its image
+    crossed = [far, [*far[2:], *far[:2]], [1.0, 1.0, 9.0, 1.0, 1.0, 9.0, 9.0, 9.0]]
+    owner = content["images"][3]["id"]
+    content["annotations"].append(thing(20_000, image_id=owner, segmentation=crossed))
+    path = write(tmp_path / "instances.json", content)
+    reference, index = COCO(str(path)), open_index(path, None)
+    covered = 0
+    for i in range(len(index)):
+        items = reference.imgToAnns[index.image_id(i)]
+        runs = index.mask_runs(i)
+        assert runs.dtype == np.int64 and runs.shape == (len(runs), 4)
+        assert (np.diff(runs[:, 0]) >= 0).all() and (runs[:, 2] < runs[:, 3]).all()
+        masks = np.zeros((len(items), *index.size(i)), int)
+        for number, column, first, after in runs.tolist():
+            masks[number, first:after, column] += 1
+        for item, mask in zip(items, masks, strict=True):
+            np.testing.assert_array_equal(mask, (not item["iscrowd"]) * reference.annToMask(item))
+            covered += mask.sum()
+    assert covered > 10_000
+
+
 def test_ground_truth_is_the_file(tmp_path: Path) -> None:
     content = random_data_set(2)
     content["annotations"].append(

@@ -4,14 +4,14 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
 
-from zoo_common.data import BatchStream, StepSampler
+from zoo_common.data import BatchStream, Damaged, StepSampler
 from zoo_common.detection.batching import DetectionBatch, StaticShapes, suggest_buckets
 from zoo_common.detection.coco import CocoIndex, open_index
 from zoo_common.detection.loading import GroupedSampler, build_eval_stream, build_train_stream
@@ -29,7 +29,7 @@ def square(x: float, y: float, side: float) -> dict[str, Any]:
 
 def write_data(root: Path, sizes: list[tuple[int, int]], objects: dict[int, Any]) -> CocoIndex:
     """Images numbered from 1 as (height, width), each with one object unless said otherwise."""
-    (root / "images").mkdir()
+    (root / "images").mkdir(parents=True)
     images, annotations = [], []
     rng = np.random.default_rng(0)
     for number, (height, width) in enumerate(sizes, start=1):
@@ -259,6 +259,125 @@ def test_without_masks_there_are_no_outlines(index: CocoIndex) -> None:
     (batch,) = train(index, total_steps=1, masks=False)
     assert batch.edges_BQE4 is None and batch.rings_BQE is None
     assert batch.valid_BQ.any(dim=1).all()
+
+
+# ---------------------------------------------------------------------------- masks
+
+
+def masked(index: CocoIndex, **options: Any) -> BatchStream[DetectionBatch]:
+    return train(index, masks=False, quarter_masks=True, **options)
+
+
+def test_quarter_masks_and_centres_are_those_of_the_item(index: CocoIndex) -> None:
+    """A square is its own box, so that its centre and its area follow from that."""
+    flipped = set()
+    for batch in masked(index, total_steps=40, batch_size=2):
+        assert batch.edges_BQE4 is None
+        assert batch.masks_BQHW is not None and batch.centers_BQ2 is not None
+        height, width = batch.images_BCHW.shape[2:]
+        slots = batch.valid_BQ.shape[1]
+        assert batch.masks_BQHW.shape == (2, slots, height // 4, width // 4)
+        boxes = batch.boxes_BQ4
+        middles = (boxes[..., :2] + boxes[..., 2:] - 1) / 2  # of pixels, the first is at 0
+        offsets = (batch.centers_BQ2 - middles)[batch.valid_BQ]
+        assert offsets.abs().max() <= 1
+        areas = (boxes[..., 2:] - boxes[..., :2]).prod(-1) / 16
+        assert torch.allclose(batch.masks_BQHW.sum((2, 3)).float(), areas, rtol=0.5, atol=4)
+        assert not batch.masks_BQHW[~batch.valid_BQ].any()
+        rows, columns = torch.arange(height // 4), torch.arange(width // 4)
+        for mask, (x0, y0, x1, y1) in zip(
+            batch.masks_BQHW[batch.valid_BQ], boxes[batch.valid_BQ].tolist(), strict=True
+        ):
+            inside_rows = (4 * rows + 4 > y0) & (4 * rows < y1)
+            inside = inside_rows[:, None] & (4 * columns + 4 > x0) & (4 * columns < x1)
+            assert not mask[~inside].any() and mask.any()
+        flipped |= set((boxes[:, 0, 0] > 10).tolist())
+    assert flipped == {False, True}
+
+
+def test_quarter_masks_are_the_same_in_any_worker_and_process(index: CocoIndex) -> None:
+    assert take(masked(index, workers=2), 4) == take(masked(index), 4)
+    plain = take(train(index, masks=False), 4)
+    for with_masks, without in zip(take(masked(index), 4), plain, strict=True):
+        assert with_masks[:-2] == without[:-2] and without[-2:] == [None, None]
+
+
+def test_objects_of_which_the_resize_leaves_no_pixel_are_dropped(tmp_path: Path) -> None:
+    """A line between the columns that are taken, and a polygon outside of its image."""
+    line = {"bbox": [31, 2, 1, 40], "area": 40, "segmentation": [[31, 2, 32, 2, 32, 42, 31, 42]]}
+    outside = {**square(40, 4, 20), "segmentation": [[99, 4, 120, 4, 120, 9]]}
+    crowd = {**square(0, 0, 9), "iscrowd": 1, "segmentation": CROWD}
+    index = write_data(tmp_path, [LANDSCAPE] * 2, {1: [outside, crowd, line, square(8, 8, 16)]})
+    counts = set()
+    for batch in masked(index, total_steps=20, batch_size=1, min_sizes=[24, 96], max_size=200):
+        assert batch.masks_BQHW is not None and batch.centers_BQ2 is not None
+        count = int(batch.valid_BQ.sum())
+        assert (batch.centers_BQ2[batch.valid_BQ] > 0).all()
+        if batch.image_ids_B.tolist() == [1001]:
+            counts.add((min(batch.sizes_B2[0].tolist()), count))
+            assert batch.masks_BQHW[0, count - 1].any()
+    assert counts == {(24, 1), (96, 2)}
+    # Nothing but what vanishes: the image stays, without an object.
+    bare = write_data(tmp_path / "bare", [LANDSCAPE], {1: [line]})
+    (batch,) = masked(bare, total_steps=1, batch_size=1, min_sizes=[24])
+    assert not batch.valid_BQ.any() and batch.masks_BQHW is not None
+    assert not batch.masks_BQHW.any()
+
+
+def test_static_shapes_hold_the_masks_of_the_fullest_image(index: CocoIndex) -> None:
+    static = StaticShapes(suggest_buckets([32, 40, 48], 80))
+    for batch in masked(index, static=static, total_steps=10):
+        assert batch.masks_BQHW is not None and batch.centers_BQ2 is not None
+        height, width = batch.images_BCHW.shape[2:]
+        assert batch.masks_BQHW.shape == (4, 2, height // 4, width // 4)
+        assert batch.centers_BQ2.shape == (4, 2, 2)
+
+
+def test_damage_is_replaced_with_its_own_masks(index: CocoIndex) -> None:
+    bad = spoil(index)
+    for batch in masked(index, total_steps=10, max_damaged=3):
+        assert batch.masks_BQHW is not None
+        assert batch.masks_BQHW.amax((2, 3)).bool().equal(batch.valid_BQ)
+        assert not set(batch.item_ids) & set(bad)
+    with pytest.raises(UserError, match="more than the 2 that are allowed"):
+        list(masked(index, total_steps=10, max_damaged=2))
+
+
+# ---------------------------------------------------------------------------- finish
+
+
+class Counted(NamedTuple):
+    """A model's own batch."""
+
+    count: int  # type: ignore[assignment]
+    item_ids: list[str]
+    damaged: list[Damaged]
+
+
+def count_objects(batch: DetectionBatch) -> Counted:
+    return Counted(int(batch.valid_BQ.sum()), batch.item_ids, batch.damaged)
+
+
+def refuse(batch: DetectionBatch) -> Counted:
+    raise UserError(f"{len(batch.item_ids)} images are too many.")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_can_be_finished_where_they_are_made(index: CocoIndex, workers: int) -> None:
+    stream = build_train_stream(
+        index, **(OPTIONS | {"workers": workers, "total_steps": 3}), finish=count_objects
+    )
+    expected = [count_objects(batch) for batch in train(index, total_steps=3)]
+    assert list(stream) == expected
+    assert stream.steps_per_epoch == 5
+    spoil(index)
+    options: dict[str, Any] = {"min_size": 48, "max_size": 80, "batch_size": 1}
+    found = list(build_eval_stream(index, workers=workers, finish=count_objects, **options))
+    # What is damaged makes an empty batch, which is counted and passed over.
+    assert len(found) == 19 and {batch.count for batch in found} == {0}
+    refusing = build_train_stream(index, **(OPTIONS | {"workers": workers}), finish=refuse)
+    with pytest.raises(UserError, match=r"^4 images are too many\.$"):
+        next(iter(refusing))
 
 
 # ---------------------------------------------------------------------------- static shapes

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 from pycocotools import mask as mask_utils
 
+from zoo_common.detection.bitmasks import Masks
 from zoo_common.detection.masks import polygons_to_edges, rle_to_edges
 from zoo_common.detection.transforms import (
     RandomCrop,
@@ -156,6 +157,50 @@ def test_the_box_of_a_cropped_outline_is_that_of_what_is_left(sample: Sample) ->
     # The box reaches into this window, the triangle does not.
     assert len(crop(sample, 20, 20, 20, 20).labels_N) == 0
     assert len(crop(sample._replace(edges=None, rings=None), 20, 20, 20, 20).labels_N) == 1
+
+
+def test_masks_go_where_their_image_goes(sample: Sample) -> None:
+    """One mask is that of the image's bright pixels, before and after."""
+    image = np.zeros((48, 64, 3), np.uint8)
+    image[6:26, 10:30] = 255
+    mask = (image[..., 0] > 0).astype(np.uint8)
+    masks = Masks.of([mask, np.eye(48, 64, -44, np.uint8)], 48, 64)
+    boxes = np.array([[10.0, 6, 30, 26], [0, 40, 9, 48]])
+    sample = Sample(image, boxes, np.array([3, 4]), masks=masks)
+    counts = []
+    for change in (
+        lambda sample: sample,
+        lambda sample: resize(sample, 96, 192),
+        flip,
+        lambda sample: flip(crop(sample, 0, 5, 48, 59)),
+        lambda sample: crop(sample, 0, 0, 30, 40),
+        lambda sample: crop(flip(resize(sample, 24, 32)), 0, 10, 20, 22),
+    ):
+        changed = change(sample)
+        assert changed.masks is not None
+        found = changed.masks.moments()
+        assert len(found) == len(changed.labels_N) == len(changed.boxes_N4)
+        bright_y, bright_x = np.nonzero(changed.image_HWC[..., 0] > 127)
+        expected = [len(bright_x), bright_x.sum(), bright_y.sum()]
+        np.testing.assert_allclose(found[0], expected, rtol=0.02)
+        counts.append(len(found))
+    assert counts == [2, 2, 2, 1, 1, 1]  # the second's box, or its mask, is not in the window
+    assert drop_empty(sample) is sample
+    empty = Masks.of([np.zeros((48, 64), np.uint8), mask], 48, 64)
+    kept = drop_empty(sample._replace(masks=empty))
+    assert kept.labels_N.tolist() == [4] and kept.masks is not None
+    assert kept.masks.moments()[:, 0].tolist() == [400]
+
+
+def test_an_object_whose_mask_the_resize_skips_is_dropped() -> None:
+    mask = np.zeros((48, 64), np.uint8)
+    mask[:, 33] = 1
+    masks = Masks.of([mask, 1 - mask], 48, 64)
+    boxes = np.array([[33.0, 0, 34, 48], [0, 0, 64, 48]])
+    sample = Sample(smooth(48, 64), boxes, np.array([5, 6]), masks=masks)
+    assert drop_empty(resize(sample, 96, 128)).labels_N.tolist() == [5, 6]
+    assert drop_empty(resize(sample, 24, 32)).labels_N.tolist() == [6]
+    assert drop_empty(resize(sample._replace(masks=None), 24, 32)).labels_N.tolist() == [5, 6]
 
 
 def box_of(mask: NDArray[np.bool_]) -> NDArray[np.float64]:

@@ -6,7 +6,7 @@ a fixed number of slots, and outlines to one of a few lengths. Without it a batc
 what is in it, which costs a CPU least.
 
 Shape letters: B images, C channels (RGB), H W pixels, N objects of an image, Q object slots,
-E edge slots.
+E edge slots. masks_BQHW alone has a quarter of the padded height and width.
 """
 
 from __future__ import annotations
@@ -50,6 +50,11 @@ class DetectionBatch(NamedTuple):
         damaged: Images that were met and left out while this batch was made.
         originals_B2: int64, height and width of each image as its file has it.
         ring_slots: More than any ring number in this batch; with static shapes a power of 4.
+        masks_BQHW: uint8, 0 or 1, the objects' masks at a quarter of the padded height and width
+            (see ``bitmasks``); all 0 in empty slots, and for an object of which nothing is left
+            at this size. None when they are not asked for.
+        centers_BQ2: float32, x and y of each mask's centre of mass at the image's full size, in
+            pixels, of which the first is at 0; 0 in empty slots. None together with those masks.
     """
 
     images_BCHW: Tensor
@@ -65,6 +70,8 @@ class DetectionBatch(NamedTuple):
     damaged: list[Damaged]
     originals_B2: Tensor
     ring_slots: int
+    masks_BQHW: Tensor | None = None
+    centers_BQ2: Tensor | None = None
 
     def to(self, device: torch.device) -> DetectionBatch:
         """The batch with all but the image ids on a device; does not wait if it is pinned."""
@@ -83,6 +90,8 @@ class DetectionBatch(NamedTuple):
             edges_BQE4=None if self.edges_BQE4 is None else move(self.edges_BQE4),
             rings_BQE=None if self.rings_BQE is None else move(self.rings_BQE).long(),
             originals_B2=move(self.originals_B2),
+            masks_BQHW=None if self.masks_BQHW is None else move(self.masks_BQHW),
+            centers_BQ2=None if self.centers_BQ2 is None else move(self.centers_BQ2),
         )
 
     def chunk(self, parts: int) -> list[DetectionBatch]:
@@ -163,17 +172,32 @@ class Collate:
             are as many as the batch needs.
         divisibility: Naturally padded sides, and the extent, are multiples of it.
         masks: Whether batches have outlines.
+        quarter_masks: Whether they have masks at a quarter of their size, and centres.
 
     Raises:
-        UserError: A bucket side is no multiple of ``divisibility``, or a count is no count.
+        UserError: A bucket side is no multiple of ``divisibility``, or a count is no count; or
+            quarters are wanted and ``divisibility`` is no multiple of 4.
     """
 
-    def __init__(self, shapes: StaticShapes | None, *, divisibility: int, masks: bool) -> None:
+    def __init__(
+        self,
+        shapes: StaticShapes | None,
+        *,
+        divisibility: int,
+        masks: bool,
+        quarter_masks: bool = False,
+    ) -> None:
+        if quarter_masks and divisibility % 4:
+            raise UserError(
+                f"sides that are multiples of {divisibility} have no quarters, at which masks are "
+                "wanted; give a multiple of 4, for example 32"
+            )
         if shapes is not None:
             _check_shapes(shapes, divisibility)
         self._shapes = shapes
         self._divisibility = divisibility
-        self._masks = masks
+        self.masks = masks
+        self.quarter_masks = quarter_masks
 
     def __call__(self, entries: Sequence[Entry], damaged: list[Damaged]) -> DetectionBatch:
         """The batch of these images, in their order; there may be none.
@@ -194,7 +218,10 @@ class Collate:
             boxes_BQ4[row, :count] = sample.boxes_N4
             labels_BQ[row, :count] = sample.labels_N
             valid_BQ[row, :count] = True
-        edges_BQE4, rings_BQE = self._outlines(entries, slots) if self._masks else (None, None)
+        edges_BQE4, rings_BQE = self._outlines(entries, slots) if self.masks else (None, None)
+        masks_BQHW, centers_BQ2 = None, None
+        if self.quarter_masks:
+            masks_BQHW, centers_BQ2 = _quarters(samples, slots, height // 4, width // 4)
         return DetectionBatch(
             images_BCHW=_stack_images(samples, height, width),
             sizes_B2=_integers(sizes),
@@ -209,6 +236,8 @@ class Collate:
             damaged=damaged,
             originals_B2=_integers([entry.original for entry in entries]),
             ring_slots=self._ring_slots(samples),
+            masks_BQHW=masks_BQHW,
+            centers_BQ2=centers_BQ2,
         )
 
     def extent(self, sizes: Sequence[Size]) -> Size:
@@ -265,8 +294,10 @@ class Collate:
         if self._shapes is not None:
             objects = self._shapes.slots or objects
             edges = min((e for e in self._shapes.edge_slots if e >= edges), default=edges)
-        edge_bytes = 4 * 4 + 2 if self._masks else 0
-        return batch_size * (3 * pixels + objects * (4 * 4 + 8 + 1 + edges * edge_bytes))
+        object_bytes = 4 * 4 + 8 + 1
+        object_bytes += edges * (4 * 4 + 2) if self.masks else 0
+        object_bytes += pixels // 16 + 2 * 4 if self.quarter_masks else 0
+        return batch_size * (3 * pixels + objects * object_bytes)
 
     def _slots(self, entries: Sequence[Entry]) -> int:
         most = max(entries, key=lambda entry: len(entry.sample.labels_N), default=None)
@@ -358,6 +389,21 @@ def _stack_images(samples: Sequence[Sample], height: int, width: int) -> Tensor:
         images_BCHW[row, :, h:] = 0
         np.copyto(images_BCHW[row, :, :h, :w], sample.image_HWC.transpose(2, 0, 1))
     return torch.from_numpy(images_BCHW)
+
+
+def _quarters(
+    samples: Sequence[Sample], slots: int, height: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """The masks in this size, a quarter of the batch's, and the centres of the full ones."""
+    masks_BQHW = np.zeros((len(samples), slots, height, width), np.uint8)
+    centers_BQ2 = np.zeros((len(samples), slots, 2), np.float32)
+    for row, sample in enumerate(samples):
+        assert sample.masks is not None
+        moments_N3 = sample.masks.moments()
+        count = len(moments_N3)
+        centers_BQ2[row, :count] = moments_N3[:, 1:] / np.maximum(moments_N3[:, :1], 1)
+        sample.masks.write_quarters(masks_BQHW[row, :count])
+    return torch.from_numpy(masks_BQHW), torch.from_numpy(centers_BQ2)
 
 
 def _integers(pairs: Sequence[Size]) -> Tensor:

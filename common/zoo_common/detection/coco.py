@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
 
 from zoo_common.detection import coco_json
 from zoo_common.detection.coco_cache import Arrays, Mapped, open_cached
@@ -24,6 +25,7 @@ from zoo_common.errors import UserError
 
 _MISSING = "missing_images"
 _NO_OUTLINES = "no_outlines"
+_FAR = 1 << 16
 
 _MEANINGS = {
     _MISSING: "images have no file: left out",
@@ -187,6 +189,36 @@ class CocoIndex:
                 outline = Outline(*polygons_to_edges(self._polygons(row)))
             result.append(outline)
         return result
+
+    def mask_runs(self, index: int) -> NDArray[np.int64]:
+        """What the objects cover, as pycocotools draws them: runs of pixels down the columns.
+
+        Crowd regions and objects without an outline have none. pycocotools walks along each edge,
+        so that vertices further than 65536 pixels outside of the image are moved to there.
+
+        Returns:
+            Number among :meth:`objects`, column, first row, row after the last (K, 4); in this
+            order, by object and column.
+        """
+        height, width = self.size(index)
+        limits_2 = np.array([width, height]) + _FAR
+        counts = []
+        for row in self._rows(index).tolist():
+            if not self._arrays["edges"][row]:
+                counts.append(b"")
+            elif self._arrays["kinds"][row] == coco_json.RUNS:
+                counts.append(self._rle(row)["counts"].encode())
+            else:
+                rings = [
+                    np.clip(np.reshape(ring, (-1, 2)), -_FAR, limits_2).ravel()
+                    for ring in self._polygons(row)
+                    if len(ring) >= 6 and len(ring) % 2 == 0
+                ]
+                rles = coco_mask.frPyObjects(rings, height, width)
+                counts.append(coco_mask.merge(rles)["counts"])
+        runs, offsets = coco_json.decode_runs(counts)
+        columns = coco_json.split_by_columns(runs, offsets, np.full(len(counts), height))
+        return np.stack(columns, axis=1)
 
     def annotation_dicts(self, index: int, *, outlines: bool = True) -> list[dict[str, Any]]:
         """The image's annotations as the JSON has them: all of them, boxes unclipped.

@@ -230,7 +230,9 @@ def _judge_outlines(arrays: Arrays, sizes_N2: NDArray[np.int32]) -> dict[str, in
     for begin in range(0, len(arrays["rle_objects"]), _RLES_AT_ONCE):
         rows = slice(begin, begin + _RLES_AT_ONCE)
         objects_L, sizes_L2 = arrays["rle_objects"][rows], arrays["rle_sizes"][rows]
-        runs, offsets = _runs(arrays, begin, begin + len(objects_L))
+        starts = arrays["rle_offsets"][begin : begin + len(objects_L) + 1]
+        letters = arrays["rle_counts"][starts[0] : starts[-1]]
+        runs, offsets = _decode(letters, starts - starts[0])
         total_L = np.diff(_offsets(runs)[offsets])
         negative_L = np.diff(_offsets(runs < 0)[offsets])
         fits_L = (total_L == sizes_L2.prod(axis=1, dtype=np.int64)) & (negative_L == 0)
@@ -244,23 +246,34 @@ def _judge_outlines(arrays: Arrays, sizes_N2: NDArray[np.int32]) -> dict[str, in
     return {"short_polygons": int((~good_G).sum()), "unfit_rles": unfit}
 
 
-def _runs(arrays: Arrays, begin: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Decodes some run-length masks; a damaged one has no run, or runs of a wrong total.
+def decode_runs(counts: Sequence[bytes]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Decodes run-length masks, all at once; a damaged one has no run, or runs of a wrong total.
 
-    A count is a group of letters of 6 bits: 5 of the number each, the lowest first; the highest
-    says that more follow; bit 4 of the last letter is the sign. From the fourth on, a count is
-    given as its difference to the last but one. (``rleFrString`` in cocoapi's maskApi.c.)
+    Args:
+        counts: compressed run lengths, of L masks.
 
     Returns:
         The runs of all, down the columns: off, on, off, ...; where each mask's begin (L + 1).
     """
-    offsets = arrays["rle_offsets"][begin : end + 1]
-    letters = arrays["rle_counts"][offsets[0] : offsets[-1]].astype(np.int64) - 48
+    offsets = _offsets(np.array([len(letters) for letters in counts], np.int64))
+    return _decode(np.frombuffer(b"".join(counts), np.uint8), offsets)
+
+
+def _decode(
+    coded: NDArray[np.uint8], offsets: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """See :func:`decode_runs`; the letters of all masks, and where each one's begin (L + 1).
+
+    A count is a group of letters of 6 bits: 5 of the number each, the lowest first; the highest
+    says that more follow; bit 4 of the last letter is the sign. From the fourth on, a count is
+    given as its difference to the last but one. (``rleFrString`` in cocoapi's maskApi.c.)
+    """
+    letters = coded.astype(np.int64) - 48
     lengths_L = np.diff(offsets)
     final = (letters & 32) == 0
-    strange_L = np.diff(_offsets((letters < 0) | (letters > 63))[offsets - offsets[0]])
+    strange_L = np.diff(_offsets((letters < 0) | (letters > 63))[offsets])
     sound_L = (lengths_L > 0) & (strange_L == 0)
-    sound_L[sound_L] = final[(offsets[1:] - offsets[0] - 1)[sound_L]]
+    sound_L[sound_L] = final[(offsets[1:] - 1)[sound_L]]
     keep = np.repeat(sound_L, lengths_L)
     letters, final = letters[keep], final[keep]
 
@@ -282,23 +295,40 @@ def _runs(arrays: Arrays, begin: int, end: int) -> tuple[NDArray[np.int64], NDAr
     return runs, starts
 
 
-def _count_edges(
-    runs: NDArray[np.int64], offsets: NDArray[np.int64], sizes_L2: NDArray[np.int32]
-) -> NDArray[np.int64]:
-    """The edges that :func:`masks.rle_to_edges` makes of each mask: horizontal, joined, (L)."""
+def split_by_columns(
+    runs: NDArray[np.int64], offsets: NDArray[np.int64], heights_L: NDArray[np.integer[Any]]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """The pixels of run-length masks, column by column; a run may go on in the next one.
+
+    Args:
+        runs: as :func:`decode_runs` gives them.
+        offsets: with the runs.
+        heights_L: of the masks' images.
+
+    Returns:
+        For each part of a run its mask's number, its column, its first row, and the row after
+        its last; in the order of masks and columns.
+    """
     number, base = _within(offsets)
-    owner = np.repeat(np.arange(len(sizes_L2)), np.diff(offsets))
+    owner = np.repeat(np.arange(len(heights_L)), np.diff(offsets))
     ends = _offsets(runs)
     on = (number % 2 == 1) & (runs > 0)
     start, end, owner = (ends[:-1] - ends[base])[on], (ends[1:] - ends[base])[on], owner[on]
-    height = sizes_L2[owner, 0].astype(np.int64)
-    # One part of a run a column; each has a border above and one below.
+    height = heights_L[owner].astype(np.int64)
     column = start // height
     columns = (end - 1) // height - column + 1
     start, end, owner, height = (np.repeat(v, columns) for v in (start, end, owner, height))
     column = np.repeat(column, columns) + _within(_offsets(columns))[0]
     top = np.maximum(start - column * height, 0)
     bottom = np.minimum(end - column * height, height)
+    return owner, column, top, bottom
+
+
+def _count_edges(
+    runs: NDArray[np.int64], offsets: NDArray[np.int64], sizes_L2: NDArray[np.int32]
+) -> NDArray[np.int64]:
+    """The edges that :func:`masks.rle_to_edges` makes of each mask: horizontal, joined, (L)."""
+    owner, column, top, bottom = split_by_columns(runs, offsets, sizes_L2[:, 0])
     # Borders of one mask and height are numbered along the row, so neighbours follow each other.
     stride = sizes_L2[owner, 1].astype(np.int64) + 1
     key = np.concatenate([top, bottom]) * np.tile(stride, 2) + np.tile(column, 2)

@@ -21,9 +21,9 @@ Shape letters: N images of a data set or objects of an image, B images of a batc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ from PIL import Image
 from torch.utils.data import BatchSampler
 
 from zoo_common.data import (
+    AnyBatch,
+    AnyBatchT,
     BatchStream,
     Damaged,
     DamagedImageError,
@@ -39,6 +41,7 @@ from zoo_common.data import (
     Draw,
     ImageFiles,
     ImageItems,
+    Items,
     StepSampler,
     kept_rng,
     read_image,
@@ -54,6 +57,7 @@ from zoo_common.detection.batching import (
     too_many_edges,
     too_many_objects,
 )
+from zoo_common.detection.bitmasks import Masks
 from zoo_common.detection.coco import Objects, Outline
 from zoo_common.detection.transforms import (
     Augment,
@@ -66,6 +70,11 @@ from zoo_common.detection.transforms import (
     resize,
     shortest_edge_size,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar  # Python's own has no default before 3.13
+
+    FinishedT = TypeVar("FinishedT", bound=AnyBatch, default=DetectionBatch)
 
 _CPU = torch.device("cpu")
 _DIVISIBILITY = 32
@@ -96,6 +105,9 @@ class DetectionSource(ImageFiles, Protocol):
 
     def outlines(self, index: int) -> list[Outline]:
         """Their outlines, in the same order."""
+
+    def mask_runs(self, index: int) -> NDArray[np.int64]:
+        """What they cover in the file, as ``bitmasks.Masks`` takes it, [K, 4]."""
 
     def trainable(self) -> NDArray[np.int64]:
         """The images that have an object that is no crowd."""
@@ -259,12 +271,10 @@ class TrainItems(_DetectionItems):
         max_damaged: int,
         *,
         augments: Sequence[Augment],
-        masks: bool,
         seed: int,
     ) -> None:
         super().__init__(chosen, collate, extents, max_damaged)
         self._augments = augments
-        self._masks = masks
         self._seed = seed
 
     def __getitems__(self, draws: Sequence[Draw]) -> DetectionBatch:
@@ -285,11 +295,16 @@ class TrainItems(_DetectionItems):
         number = self._chosen.number(position)
         objects = self._chosen.source.objects(number)
         sample = Sample(np.array(image), objects.boxes_N4.astype(np.float64), objects.labels_N)
-        if self._masks:
+        if self._collate.masks:
             outlines = self._chosen.source.outlines(number)
             sample = sample._replace(
                 edges=[outline.edges for outline in outlines],
                 rings=[outline.rings for outline in outlines],
+            )
+        if self._collate.quarter_masks:
+            runs_K4 = self._chosen.source.mask_runs(number)
+            sample = sample._replace(
+                masks=Masks.of_runs(runs_K4, len(objects.labels_N), *sample.size)
             )
         return sample.select(~objects.crowd_N)
 
@@ -327,6 +342,23 @@ class EvalItems(_DetectionItems):
         return self._collate(entries, damaged)
 
 
+class _Finished(Generic[AnyBatchT]):
+    """Batches as a model makes them of those with images and objects."""
+
+    def __init__(
+        self, items: Items[DetectionBatch], finish: Callable[[DetectionBatch], AnyBatchT]
+    ) -> None:
+        self._items = items
+        self._finish = finish
+
+    def __getitems__(self, wanted: Any) -> AnyBatchT:
+        return self._finish(self._items.__getitems__(wanted))
+
+    def batch_bytes(self, batch_size: int) -> int:
+        """The most memory of a batch, without what ``finish`` adds."""
+        return self._items.batch_bytes(batch_size)
+
+
 # ---------------------------------------------------------------------------- streams
 
 
@@ -339,6 +371,8 @@ def build_train_stream(
     flip: float = 0.5,
     augments: Sequence[Augment] = (),
     masks: bool,
+    quarter_masks: bool = False,
+    finish: Callable[[DetectionBatch], FinishedT] | None = None,
     keep_empty: bool = False,
     static: StaticShapes | None = None,
     divisibility: int = _DIVISIBILITY,
@@ -354,7 +388,7 @@ def build_train_stream(
     prefetch_factor: int = 2,
     max_damaged: int = 10,
     device: torch.device = _CPU,
-) -> BatchStream[DetectionBatch]:
+) -> BatchStream[FinishedT]:
     """The training batches of one process for a whole run.
 
     The arguments from ``batch_size`` on are those of ``zoo_common.data.build_loader``, and these
@@ -367,6 +401,9 @@ def build_train_stream(
         augments: What is done to a sample before resize and flip; picklable.
         masks: Whether batches have outlines; objects without one are dropped, so that the index
             should have been opened with masks.
+        quarter_masks: Likewise for masks at a quarter of their size, and their centres.
+        finish: Makes of each batch what the stream gives, in the process that loads; picklable.
+            The check of shared memory does not count what it adds.
         keep_empty: Also train on images without objects, as background.
         static: The shapes that batches may have; None for natural ones.
         divisibility: Naturally padded sides, and the extent, are multiples of it.
@@ -375,25 +412,19 @@ def build_train_stream(
 
     Raises:
         UserError: A value out of its range, fewer images than one global batch, an image that the
-            static shapes do not hold, or too little shared memory for the workers; while
-            iterating, more damaged images than allowed.
+            static shapes do not hold, too little shared memory; later, too many damaged images.
     """
     chosen = _Chosen(index, np.arange(len(index)) if keep_empty else index.trainable())
-    if static is not None:
-        static = _resolve(static, index, masks=masks)
-    collate = Collate(static, divisibility=divisibility, masks=masks)
+    static = static and _resolve(static, index, masks=masks)
+    collate = Collate(static, divisibility=divisibility, masks=masks, quarter_masks=quarter_masks)
     random_resize = RandomResize(min_sizes, max_size, sampling=sampling, exact=exact_resize)
     groups_N = chosen.portraits() * group_by_aspect
     items = TrainItems(
         chosen,
         collate,
-        # A crop may change the aspect.
-        [(max_size, max_size)]
-        if augments
-        else _extents(chosen, groups_N, max(min_sizes), max_size, collate),
+        _extents(chosen, groups_N, max(min_sizes), max_size, collate, any_aspect=bool(augments)),
         max_damaged,
         augments=[*augments, random_resize, RandomFlip(flip)],
-        masks=masks,
         seed=seed,
     )
     batches = GroupedSampler(
@@ -407,8 +438,9 @@ def build_train_stream(
     )
     # One image at least must be left to put in the place of the others.
     damaged = DamagedItems(min(max_damaged, len(groups_N) - 1), "replaced by the next one")
+    made = _finished(items, finish)
     return BatchStream(
-        items, batches, damaged, workers=workers, prefetch_factor=prefetch_factor, device=device
+        made, batches, damaged, workers=workers, prefetch_factor=prefetch_factor, device=device
     )
 
 
@@ -420,6 +452,7 @@ def build_eval_stream(
     static: StaticShapes | None = None,
     divisibility: int = _DIVISIBILITY,
     exact_resize: bool = False,
+    finish: Callable[[DetectionBatch], FinishedT] | None = None,
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
@@ -427,7 +460,7 @@ def build_eval_stream(
     prefetch_factor: int = 2,
     max_damaged: int = 10,
     device: torch.device = _CPU,
-) -> BatchStream[DetectionBatch]:
+) -> BatchStream[FinishedT]:
     """The evaluation batches of one process: over all processes, every image exactly once.
 
     Images come sorted by aspect, and batches have no objects: one slot, which is empty. The last
@@ -454,9 +487,18 @@ def build_eval_stream(
     by_aspect = np.argsort(sizes_N2[:, 0] / sizes_N2[:, 1], kind="stable").tolist()
     batches = BatchSampler(by_aspect, batch_size, drop_last=False)
     damaged = DamagedItems(max_damaged, "left out")
+    made = _finished(items, finish)
     return BatchStream(
-        items, batches, damaged, workers=workers, prefetch_factor=prefetch_factor, device=device
+        made, batches, damaged, workers=workers, prefetch_factor=prefetch_factor, device=device
     )
+
+
+def _finished(
+    items: Items[DetectionBatch], finish: Callable[[DetectionBatch], FinishedT] | None
+) -> Items[FinishedT]:
+    if finish is None:
+        return cast("Items[FinishedT]", items)  # the default of the type
+    return _Finished(items, finish)
 
 
 def _resolve(static: StaticShapes, index: DetectionSource, *, masks: bool) -> StaticShapes:
@@ -492,12 +534,18 @@ def _extents(
     short: int,
     max_size: int,
     collate: Collate,
+    *,
+    any_aspect: bool = False,
 ) -> list[Size]:
     """The extent of each group's batches with the largest images, after the resize.
+
+    With ``any_aspect``, as after a crop, it is that of any image.
 
     Raises:
         UserError: No bucket holds a batch of any of the images.
     """
+    if any_aspect:
+        return [(max_size, max_size)]
     unique, first, inverse = np.unique(
         chosen.sizes(), axis=0, return_index=True, return_inverse=True
     )

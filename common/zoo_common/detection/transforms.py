@@ -1,4 +1,4 @@
-"""What is done to an image together with its boxes and mask outlines.
+"""What is done to an image together with its boxes, mask outlines and masks.
 
 The geometry is detectron2's (https://github.com/facebookresearch/detectron2, Apache-2.0, at
 02b5c4e2: data/transforms and data/detection_utils.py): sizes of a resized image, scale factors
@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 from torch.nn import functional
 
+from zoo_common.detection.bitmasks import Masks
 from zoo_common.errors import UserError
 
 _EMPTY_SIDE = 1e-5
@@ -49,6 +50,7 @@ class Sample(NamedTuple):
         edges: The outline of each object, float64 [E, 4] as x0, y0, x1, y1; None if no masks are
             wanted.
         rings: The ring of each edge, int64 [E], for each object; None together with ``edges``.
+        masks: The objects' masks as pixels; None if they are not wanted. Independent of outlines.
     """
 
     image_HWC: NDArray[np.uint8]
@@ -56,6 +58,7 @@ class Sample(NamedTuple):
     labels_N: NDArray[np.int64]
     edges: list[NDArray[np.float64]] | None = None
     rings: list[NDArray[np.int64]] | None = None
+    masks: Masks | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -72,6 +75,7 @@ class Sample(NamedTuple):
             labels_N=self.labels_N[keep_N],
             edges=None if self.edges is None else [self.edges[i] for i in chosen],
             rings=None if self.rings is None else [self.rings[i] for i in chosen],
+            masks=None if self.masks is None else self.masks.select(keep_N),
         )
 
 
@@ -119,7 +123,7 @@ def check_sides(min_sizes: Sequence[int], max_size: int, *, lowest: int = 1) -> 
 
 
 def resize(sample: Sample, height: int, width: int, *, exact: bool = False) -> Sample:
-    """Scales image, boxes and outlines to a new size.
+    """Scales image, boxes, outlines and masks to a new size.
 
     Args:
         sample: What to scale.
@@ -136,6 +140,7 @@ def resize(sample: Sample, height: int, width: int, *, exact: bool = False) -> S
         image_HWC=resize_image(sample.image_HWC, height, width, exact=exact),
         boxes_N4=sample.boxes_N4 * factors_4,
         edges=None if sample.edges is None else [edges * factors_4 for edges in sample.edges],
+        masks=None if sample.masks is None else sample.masks.resize(height, width),
     )
 
 
@@ -164,7 +169,10 @@ def flip(sample: Sample) -> Sample:
         sign_4, start_4 = np.array([-1.0, 1.0, -1.0, 1.0]), np.array([width, 0.0, width, 0.0])
         edges = [start_4 + sign_4 * outline for outline in edges]
     return sample._replace(
-        image_HWC=_array(_tensor(sample.image_HWC).flip(1)), boxes_N4=boxes_N4, edges=edges
+        image_HWC=_array(_tensor(sample.image_HWC).flip(1)),
+        boxes_N4=boxes_N4,
+        edges=edges,
+        masks=None if sample.masks is None else sample.masks.flip(),
     )
 
 
@@ -180,6 +188,7 @@ def crop(sample: Sample, top: int, left: int, height: int, width: int) -> Sample
         image_HWC=sample.image_HWC[top : top + height, left : left + width],
         boxes_N4=sample.boxes_N4 - shift_4,
         edges=None if sample.edges is None else [edges - shift_4 for edges in sample.edges],
+        masks=None if sample.masks is None else sample.masks.crop(top, left, height, width),
     )
     if moved.edges is not None and moved.rings is not None:
         boxes = [
@@ -198,12 +207,14 @@ def clip_boxes(sample: Sample) -> Sample:
 
 
 def drop_empty(sample: Sample) -> Sample:
-    """Drops objects whose box has no area, or whose mask has no outline."""
+    """Drops objects whose box has no area, or whose mask has no outline or no pixel."""
     boxes_N4 = sample.boxes_N4.astype(np.float32)  # as which they will be trained on
     sides_N2 = boxes_N4[:, 2:] - boxes_N4[:, :2]
     keep_N: NDArray[np.bool_] = np.all(sides_N2 > _EMPTY_SIDE, axis=1)
     if sample.edges is not None:
         keep_N &= np.array([len(edges) > 0 for edges in sample.edges], bool)
+    if sample.masks is not None:
+        keep_N &= sample.masks.moments()[:, 0] > 0
     return sample.select(keep_N)
 
 
