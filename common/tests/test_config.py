@@ -51,6 +51,10 @@ def _only_two(value: Any, given: Given) -> Mapping[str, Any]:
     return {}
 
 
+def _twice(value: Any, given: Given) -> Mapping[str, Any]:
+    return {"data.batch_size": 2 * value}
+
+
 CARD: CardOptions = {
     "--opt-level": "precision.opt_level",
     "SOLVER.IMS_PER_BATCH": "data.batch_size",
@@ -61,6 +65,7 @@ CARD: CardOptions = {
     "LEVEL": CardKey(("precision.opt_level",), _level),
     "LEVELS": CardKey(("precision.opt_level",), _level),
     "VERSION": CardKey((), _only_two),
+    "--twice": CardKey(("data.batch_size",), _twice, bare="4"),
     "--mirror": "data.mirror",
 }
 
@@ -93,6 +98,14 @@ def test_flags_switches_and_options_whose_value_may_be_left_out() -> None:
     assert config.precision.opt_level == "O1"  # the later word wins over --hf32's O0
     assert load("--mirror").data.mirror is True
     assert load("--resume", "a b.pth").run.resume == "a b.pth"
+
+
+def test_a_card_key_may_have_a_value_that_is_left_out() -> None:
+    assert load("--twice").data.batch_size == 8
+    assert load("--twice", "--seed=1").data.batch_size == 8
+    assert load("--twice", "3").data.batch_size == load("--twice=3").data.batch_size == 6
+    with pytest.raises(UserError, match="VERSION needs a value"):
+        load("VERSION")
 
 
 def test_lists_come_from_text_and_are_not_shared() -> None:

@@ -267,6 +267,17 @@ def test_checksums_in_names(name: str, good: bool, server: Server, tmp_path: Pat
         download.fetch(server.url, tmp_path / name)
 
 
+def test_the_checksum_in_the_address_counts_for_a_file_of_another_name(
+    server: Server, tmp_path: Path
+) -> None:
+    published = f"http://127.0.0.1:{server.port}/weights/resnet50-"
+    target = tmp_path / "resnet50.pth"
+    with pytest.raises(UserError, match=r"of resnet50\.pth should begin with 0676ba61"):
+        download.fetch(f"{published}0676ba61.pth", target)
+    assert names(tmp_path) == []
+    assert download.fetch(f"{published}{SHA256[:8]}.pth", target).read_bytes() == CONTENT
+
+
 def test_a_file_that_is_not_what_it_should_be_is_thrown_away(
     server: Server, tmp_path: Path
 ) -> None:
@@ -373,6 +384,8 @@ def test_a_bare_name_is_found_in_every_place_in_order(tree: Path) -> None:
     places = [
         "disk/coco",
         "disk",
+        "disk/coco/pretrained",
+        "disk/pretrained",
         "model",
         "model/data/pretrained",
         "here",
@@ -400,7 +413,7 @@ def test_a_name_without_address_says_where_it_was_looked_for(tree: Path) -> None
     with pytest.raises(UserError) as error:
         find(tree, "R-7.pkl")
     message = str(error.value)
-    assert f"{tree}/disk/coco, {tree}/disk, {tree}/model" in message
+    assert f"{tree}/disk/coco, {tree}/disk, {tree}/disk/coco/pretrained, " in message
     assert f"put it at {tree}/disk/R-7.pkl" in message
 
 

@@ -30,7 +30,9 @@ class Config:
 CARD_OPTIONS = {
     "SOLVER.IMS_PER_BATCH": "data.batch_size",
     "VERSION": CardKey((), lambda value, given: {}),
+    "--first": CardKey(("run.device_id",), lambda value, given: {}, help="the first card"),
 }
+THEIR_CONFIGS = {"first_8gpu.py": "configs/first.yaml"}
 
 
 def check(config, world_size, kind):
@@ -72,10 +74,23 @@ def test_a_models_own_check_sees_all_processes_and_the_kind(model: runs.Model) -
     assert model.config(model.run("eval"), []).data.batch_size == 32
 
 
+def test_a_config_in_python_is_answered_with_the_file_that_has_its_recipe(
+    model: runs.Model,
+) -> None:
+    train = model.run("train")
+    with pytest.raises(
+        UserError, match=r"a/first_8gpu\.py: .* its recipe is configs/first\.yaml\.$"
+    ):
+        model.config(train, ["--config=a/first_8gpu.py"])
+    with pytest.raises(UserError, match=r"other\.py: .* give a YAML file"):
+        model.config(train, ["--config", "other.py"])
+
+
 def test_options_are_those_that_set_something(model: runs.Model) -> None:
     names = {option.name: option.targets for option in model.options()}
     assert names["SOLVER.IMS_PER_BATCH"] == ("data.batch_size",)
     assert "VERSION" not in names
+    assert {option.name: option.help for option in model.options()}["--first"] == "the first card"
     model.config(model.run("train"), ["VERSION", "2"])
     with pytest.raises(UserError, match=r"did you mean VERSION\?"):
         model.config(model.run("train"), ["VERSIO", "2"])

@@ -53,11 +53,15 @@ class CardKey:
         read: from its value, and the values of all card keys, to fields and what they become.
             It raises ValueError, with what is said behind the key, for a value without meaning.
         literal: whether a text that is a Python literal means the literal.
+        bare: what it means on a command line without a value; empty: it needs one.
+        help: what it is, in a few words; empty: the fields say it.
     """
 
     targets: tuple[str, ...]
     read: Callable[[Any, Given], Mapping[str, Any]]
     literal: bool = True
+    bare: str = ""
+    help: str = ""
 
 
 CardOptions = Mapping[str, str | tuple[str, ...] | CardKey]
@@ -278,7 +282,7 @@ def options_of(schema: type, card_options: CardOptions | None = None) -> list[Op
     keys = _card_keys(card_options, by_path)
     table = {**known, **(card_options or {})}
     return [
-        Option(name, keys[name].targets, "key")
+        Option(name, keys[name].targets, "key", keys[name].bare, keys[name].help)
         if name in keys
         else _option(name, _as_tuple(targets), by_path)
         for name, targets in table.items()

@@ -128,6 +128,7 @@ def find_or_fetch(
 def places(data_path: Path | None, model_directory: Path | None = None) -> list[Path]:
     """Directories in which a bare name is looked for, the first wins."""
     around = [data_path, data_path.parent] if data_path else []
+    around += [place / "pretrained" for place in around]
     if model_directory:
         around += [model_directory, model_directory / "data" / "pretrained"]
     around += [Path.cwd(), _cache()]
@@ -353,8 +354,9 @@ def _read_notes(sidecar: Path) -> _Notes:
 
 def _examine(part: Path, url: str, name: str, sha256: str, check: Check | None) -> None:
     """Removes a part that is whole but not what it should be."""
+    published = urllib.parse.unquote(urllib.parse.urlsplit(url).path.rpartition("/")[2])
     try:
-        _verify(part, name, sha256)
+        _verify(part, (name, published), sha256)
         if check is not None:
             check(part)
     except UserError as error:
@@ -362,20 +364,21 @@ def _examine(part: Path, url: str, name: str, sha256: str, check: Check | None) 
         raise UserError(f"What {url} gave was thrown away: {error}") from error
 
 
-def _verify(path: Path, name: str, sha256: str) -> None:
-    """Compares a file with the checksum that is asked for or that its name carries."""
+def _verify(path: Path, names: tuple[str, ...], sha256: str) -> None:
+    """Compares a file with the checksum that is asked for or that one of its names carries."""
     wanted, kind = sha256.lower(), "sha256"
     for pattern, kind_of_name in _NAME_SUMS:
-        match = pattern.fullmatch(name)
-        if match and not sha256:
-            wanted, kind = match.group(1), kind_of_name
+        for name in names:
+            match = pattern.fullmatch(name)
+            if match and not sha256:
+                wanted, kind = match.group(1), kind_of_name
     if not wanted:
         return
     found = _digest(path, kind)
     if found[: len(wanted)] != wanted:
         raise UserError(
-            f"the {kind} of {name} should begin with {wanted[:12]}, but is {found[:12]}...: try "
-            "again, and if that does not help look for the right file or checksum."
+            f"the {kind} of {names[0]} should begin with {wanted[:12]}, but is {found[:12]}...: "
+            "try again, and if that does not help look for the right file or checksum."
         )
 
 

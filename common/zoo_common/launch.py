@@ -225,7 +225,7 @@ def _help(model: Model, name: str, spec: RunSpec) -> str:
     for option in model.options():
         path = option.targets[0].partition("=")[0]
         named = option.kind in ("flag", "key")  # said by what it sets
-        note = ", ".join(option.targets) if named else by_path[path].help
+        note = option.help or (", ".join(option.targets) if named else by_path[path].help)
         default = "" if named else _default(config, path)
         lines.append(f"  {option.name:22} {note}{default}")
     lines.append("\nAny setting of the config (section.field=VALUE):")

@@ -30,15 +30,17 @@ class Option:
             flag that sets that value).
         kind: ``value`` needs a value, ``flag`` takes none, ``switch`` is a truth value that may
             be left out (true), ``optional`` has a value that may be left out (``bare``),
-            ``key`` needs a value, and its name is what is assigned to: another project's name,
-            which the config translates.
-        bare: what an ``optional`` option without a value means.
+            ``key`` has a name that is what is assigned to: another project's name, which the
+            config translates; its value may be left out if there is a ``bare`` one.
+        bare: what an ``optional`` option or a ``key`` without a value means.
+        help: what it is, if its fields do not say it.
     """
 
     name: str
     targets: tuple[str, ...]
     kind: str = "value"
     bare: str = ""
+    help: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def _value_of(option: Option, given: str | None, rest: list[str], follows: bool)
         return given
     if option.kind == "switch":
         return rest.pop(0) if rest and is_true(rest[0]) is not None else "true"
-    if option.kind == "optional":
+    if option.bare:
         takes = follows and not rest[0].startswith("--") and "=" not in rest[0]
         return rest.pop(0) if takes else option.bare
     if not rest or rest[0].startswith("--"):

@@ -3,7 +3,7 @@
 ``test/runs.yaml``::
 
     network: Twins-ALTGVT-S         # the name in reports
-    package: twins                  # <package>.config holds Config, CARD_OPTIONS, maybe check
+    package: twins                  # <package>.config: Config, CARD_OPTIONS, maybe check, ...
     runs:
       train_full_8p:                # one for each test/<run>.sh
         help: ...
@@ -79,6 +79,8 @@ class Model:
     check: Callable[[Any, int, str], None] | None = None
     """Tells, before anything starts, a config whose settings do not fit one another, from the
     config, the number of processes on all machines, and the run's kind."""
+    their_configs: Mapping[str, str] = field(default_factory=dict)
+    """The original's Python configs by file name, and the file here that has the recipe of each."""
 
     def run(self, name: str) -> RunSpec:
         """The run of that name.
@@ -135,6 +137,10 @@ class Model:
 
     def _found(self, file: Path, environment: Mapping[str, str]) -> Path:
         """A config file as the user names it: from where they stand, or from the model."""
+        if file.suffix == ".py":
+            ours = self.their_configs.get(file.name)
+            advice = f"its recipe is {ours}" if ours else "give a YAML file, as those in configs"
+            raise UserError(f"--config={file}: configs in Python are not run here: {advice}.")
         seen = Path(environment.get(CALLER_VARIABLE, ".")) / file.expanduser()
         return seen if seen.exists() else self.directory / file
 
@@ -166,4 +172,5 @@ def load(directory: Path) -> Model:
         module.Config,
         module.CARD_OPTIONS,
         getattr(module, "check", None),
+        getattr(module, "THEIR_CONFIGS", {}),
     )
