@@ -22,6 +22,10 @@ summary, samples count so, and mean, standard deviation, sum and norm each in re
 themselves (the mean to the mean magnitude). Texts are equal or not. Parameters whose recorded
 gradient is below 1e-9 of the largest are rounding noise and left out, unless ours is no noise.
 
+Where upstream's rounding decides, as of a pixel at the threshold, ``compute`` may give in the place
+of numbers ``{"value": numbers, "slack": how far off each may be}``. Then only what is further off
+counts; the line says so, and how far off it was.
+
 The last line is ``parity: N compared, M beyond TOL``; the exit code is 1 if M > 0, and 2 if the
 comparison could not be made.
 """
@@ -176,6 +180,8 @@ def difference(recorded: Any, ours: Any) -> tuple[float, str]:
         return (0.0, "") if ours is None or ours is MISSING or _is_zero(ours) else (math.inf, "")
     if ours is MISSING or ours is None:
         return math.inf, "not computed"
+    if _has_slack(ours):
+        return _difference_beyond(recorded, ours["value"], ours["slack"])
     if _is_summary(recorded):
         return _summary_difference(recorded, ours)
     if isinstance(recorded, str) or (isinstance(recorded, list) and _has_texts(recorded)):
@@ -214,6 +220,24 @@ def _number_difference(recorded: Any, ours: Any) -> tuple[float, str]:
     return (absolute / largest if largest else absolute), ""
 
 
+def _has_slack(ours: Any) -> bool:
+    return isinstance(ours, Mapping) and set(ours) == {"value", "slack"}
+
+
+def _difference_beyond(recorded: Any, value: Any, slack: Any) -> tuple[float, str]:
+    """The difference from the nearest number that is within the slack."""
+    import torch
+
+    relative, remark = _number_difference(recorded, value)
+    if math.isinf(relative):
+        return relative, remark
+    value, slack, wanted = (
+        torch.as_tensor(each).detach().cpu().double() for each in (value, slack, recorded)
+    )
+    nearest = wanted.clamp(value - slack, value + slack)
+    return _number_difference(recorded, nearest)[0], f"{relative:.1e} within what rounding decides"
+
+
 def _summary_difference(recorded: Mapping[str, Any], ours: Any) -> tuple[float, str]:
     import torch
 
@@ -243,6 +267,7 @@ def noise_paths(things: Sequence[tuple[str, Any, Any]], tolerance: float) -> set
     for path, recorded, ours in things:
         group, _, name = path.rpartition("/")
         if group.rpartition("/")[2] in GRADIENTS and isinstance(recorded, float):
+            ours = ours["value"] if _has_slack(ours) else ours
             groups.setdefault(group, []).append((name, recorded, ours))
     noise: set[str] = set()
     names: set[str] = set()
