@@ -17,6 +17,7 @@ from zoo_common.detection.masks import (
     polygons_to_edges,
     rasterize_in_boxes,
     rle_to_edges,
+    upsampled_rles,
 )
 from zoo_common.errors import UserError
 
@@ -284,3 +285,83 @@ def test_no_mask_pastes_nothing() -> None:
     nothing = (torch.zeros(0, 28, 28), torch.zeros(0, 4), HEIGHT, WIDTH)
     assert paste(*nothing).shape == (0, HEIGHT, WIDTH)
     assert paste_rles(*nothing) == []
+
+
+# ------------------------------------------------------------------------------------------------
+# Masks of whole images at a low resolution.
+
+
+def draw_whole(count: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """Smooth probabilities: blobs of all sizes, many at a border."""
+    dice = torch.Generator().manual_seed(seed)
+    y_H1, x_W = torch.arange(height)[:, None], torch.arange(width)
+    centers_K2 = torch.rand(count, 2, generator=dice) * torch.tensor([height, width])
+    radii_K = 1 + torch.rand(count, generator=dice).square() * width / 2
+    coarse = torch.randn(count, 1, height // 6 + 2, width // 6 + 2, generator=dice)
+    uneven_KHW = F.interpolate(coarse, (height, width), mode="bicubic")[:, 0]
+    cy_K, cx_K = centers_K2.unbind(1)
+    away_KHW = torch.hypot(y_H1 - cy_K[:, None, None], x_W - cx_K[:, None, None])
+    steep = 0.5 + 4 * torch.rand(count, 1, 1, generator=dice)
+    return (steep * (radii_K[:, None, None] - away_KHW + uneven_KHW)).sigmoid()
+
+
+def chain(
+    masks_KHW: Tensor, resized: tuple[int, int], original: tuple[int, int], threshold: float
+) -> Tensor:
+    """Upsampled to the padded image, cropped, resized to the file, each in full."""
+    height, width = masks_KHW.shape[1:]
+    full = F.interpolate(masks_KHW[None], (4 * height, 4 * width), mode="bilinear")
+    image = full[..., : resized[0], : resized[1]]
+    return F.interpolate(image, original, mode="bilinear")[0] > threshold
+
+
+WHOLE = {
+    "smaller": ((32, 48), (120, 190), (90, 143)),
+    "larger": ((24, 32), (96, 128), (301, 411)),
+    "the same": ((24, 32), (91, 125), (91, 125)),
+    "much smaller": ((40, 56), (150, 221), (17, 23)),
+    "taller and narrower": ((40, 24), (159, 96), (211, 60)),
+    "one pixel high": ((8, 32), (1, 121), (1, 240)),
+    "more than a band": ((24, 32), (96, 127), (700, 931)),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+@pytest.mark.parametrize("threshold", [0.5, 0.3])
+def test_upsampled_masks_are_those_of_the_chain_in_full(case: str, threshold: float) -> None:
+    shape, resized, original = WHOLE[case]
+    count = 12 if case == "more than a band" else 60
+    masks = draw_whole(count, *shape)
+    masks[0], masks[1], masks[2] = 1, 0, 0.5  # all, none, just not or all
+    masks[3, 0, 0] = masks[4, -1, -1] = 1
+    right = chain(masks, resized, original, threshold).numpy()
+    rles = upsampled_rles(masks.to(DEVICE), resized, original, threshold=threshold)
+    for rle, mask in zip(rles, right, strict=True):
+        assert rle == mask_utils.encode(np.asfortranarray(mask, np.uint8))
+    assert right[0].all() and not right[1].any() and right[2].all() == (threshold < 0.5)
+    assert right.any((1, 2)).sum() > 5
+
+
+def test_pixels_at_the_threshold_are_those_of_the_chain() -> None:
+    """Values at and around 0.5, on which the last bit decides."""
+    dice = torch.Generator().manual_seed(5)
+    steps = torch.randint(-3, 4, (40, 16, 24), generator=dice)
+    masks = 0.5 + steps * 2.0**-24
+    resized, original = (61, 90), (67, 83)
+    right = chain(masks, resized, original, 0.5).numpy()
+    assert 0.2 < right.mean() < 0.8
+    for rle, mask in zip(upsampled_rles(masks, resized, original), right, strict=True):
+        assert rle == mask_utils.encode(np.asfortranarray(mask, np.uint8))
+
+
+def test_upsampling_stays_float64() -> None:
+    """As far from the threshold as float32 does not tell."""
+    masks = torch.full((2, 8, 12), 0.5, dtype=torch.float64)
+    masks[0] += 1e-12
+    rles = upsampled_rles(masks, (30, 45), (60, 90))
+    assert [int(mask_utils.area(rle)) for rle in rles] == [60 * 90, 0]
+    assert mask_utils.area(upsampled_rles(masks.half(), (30, 45), (60, 90))).sum() == 0
+
+
+def test_no_mask_is_upsampled_to_nothing() -> None:
+    assert upsampled_rles(torch.zeros(0, 8, 8), (30, 30), (60, 60)) == []

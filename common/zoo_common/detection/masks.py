@@ -10,13 +10,14 @@ toggled from the point on down where the walk passes the column's middle. The wa
 its closed form, one crossing at most for each edge and column, so that shapes are static.
 
 R regions, E edge slots, C columns of a target (``size``), K detections, M side of a predicted
-mask, H W pixels of an image.
+mask; H W pixels of an image, or cells of a predicted mask of a whole image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +35,10 @@ _STEPS = 5  # COCO's grid: fifths of a pixel
 # Elements of a temporary: what stays in a core's cache, and what an accelerator's memory bears.
 _CPU_CHUNK = 1 << 19
 _DEVICE_CHUNK = 1 << 26
+# Probabilities interpolated in two ways near a threshold: a bound on what roundings make of them.
+_ROUNDING = 1e-6
+# Pixels at a time of a product with a matrix that is empty but near its diagonal.
+_BAND = 96
 
 
 def polygons_to_edges(polygons: Sequence[Sequence[float]]) -> Edges:
@@ -317,12 +322,126 @@ def _regions(
         yield left, top, mask[0, 0] >= threshold
 
 
+class _Axis(NamedTuple):
+    """What two interpolations do along one side: each of P pixels is a sum over M cells.
+
+    Attributes:
+        weights_PM: 0 but for a few neighbours.
+        first_P: the first cell that a pixel depends on; never falls.
+        last_P: the last one; never falls.
+    """
+
+    weights_PM: Tensor
+    first_P: NDArray[np.int64]
+    last_P: NDArray[np.int64]
+
+    def reach(self, highest_M: Tensor, least: float) -> tuple[int, int]:
+        """The pixels, from and to before, that depend on cells above ``least``."""
+        cells = np.flatnonzero(highest_M.numpy() > least)
+        if not len(cells):
+            return 0, 0
+        start = np.searchsorted(self.last_P, cells[0])
+        return int(start), int(np.searchsorted(self.first_P, cells[-1], side="right"))
+
+    def cells(self, start: int, stop: int) -> slice:
+        """The cells that pixels ``start`` to before ``stop`` depend on."""
+        return slice(int(self.first_P[start]), int(self.last_P[stop - 1]) + 1)
+
+    def spread(self, values_MX: Tensor, start: int, stop: int) -> Tensor:
+        """Pixels ``start`` to before ``stop``, (P, X), from just the cells they depend on."""
+        origin = int(self.first_P[start])
+        parts = []
+        for at in range(start, stop, _BAND):
+            end = min(at + _BAND, stop)
+            band = self.cells(at, end)
+            values = values_MX[band.start - origin : band.stop - origin]
+            parts.append(self.weights_PM[at:end, band] @ values)
+        return torch.cat(parts)
+
+
+def upsampled_rles(
+    probabilities_KHW: Tensor,
+    resized: tuple[int, int],
+    original: tuple[int, int],
+    *,
+    stride: int = 4,
+    threshold: float = 0.5,
+) -> list[Rle]:
+    """Masks of a padded image at a low resolution, as compressed COCO RLEs of its file.
+
+    The pixels are those of SOLO and mmdet, which interpolate to the padded size, crop to the
+    image, interpolate to the file's size (both bilinear without antialiasing), and threshold.
+    Both steps are linear and go along one side and then the other, so that each mask is two
+    products with small matrices, and only where it can exceed the threshold. A mask that comes
+    as close to the threshold as sums are rounded is made in the long way. (What the long way
+    makes of a value that is the threshold to the last bit can depend on how many masks it is
+    given at once.)
+
+    Args:
+        probabilities_KHW: 0 to 1; the work is done on the CPU, in float64 if they are, else in
+            float32.
+        resized: height and width of the image inside the padding, as the network saw it.
+        original: height and width of its file.
+        stride: pixels of the padded image along a cell of a mask.
+        threshold: a pixel is covered above this probability.
+
+    Returns:
+        {"size": [height, width], "counts": bytes} for each mask; also for one without a pixel.
+    """
+    probabilities_KHW = probabilities_KHW.detach().cpu()
+    kind = torch.promote_types(probabilities_KHW.dtype, torch.float32)
+    probabilities_KHW = probabilities_KHW.to(kind)
+    y_axis = _axis(probabilities_KHW.shape[1], stride, resized[0], original[0], kind)
+    x_axis = _axis(probabilities_KHW.shape[2], stride, resized[1], original[1], kind)
+    least = threshold - _ROUNDING  # interpolation exceeds no source, but for the rounding
+    rles = []
+    for values_HW in probabilities_KHW:
+        top, bottom = y_axis.reach(values_HW.amax(1), least)
+        left, right = x_axis.reach(values_HW.amax(0), least)
+        if top >= bottom or left >= right:
+            rles.append(_encode(np.zeros((0, 0), bool), 0, 0, *original))
+            continue
+        part_HW = values_HW[y_axis.cells(top, bottom), x_axis.cells(left, right)]
+        part_XH = x_axis.spread(part_HW.T, left, right)
+        part_YX = y_axis.spread(part_XH.T, top, bottom)
+        if float((part_YX - threshold).abs_().min()) < _ROUNDING:
+            top = left = 0
+            part_YX = _upsample(values_HW[None, None], (stride, stride), resized, original)[0, 0]
+        rles.append(_encode((part_YX > threshold).numpy(), left, top, *original))
+    return rles
+
+
+@lru_cache(maxsize=256)
+def _axis(cells: int, stride: int, resized: int, original: int, kind: torch.dtype) -> _Axis:
+    """The weights of :func:`_upsample` along one side: what it makes of single ones."""
+    one_11MM = torch.eye(cells, dtype=kind)[None, None]
+    weights_PM = _upsample(one_11MM, (stride, 1), (resized, cells), (original, cells))[0, 0]
+    used_PM = weights_PM.numpy() > 0
+    last_P = cells - 1 - used_PM[:, ::-1].argmax(1)
+    return _Axis(weights_PM, used_PM.argmax(1), last_P)
+
+
+def _upsample(
+    values_KCHW: Tensor,
+    strides: tuple[int, int],
+    resized: tuple[int, int],
+    original: tuple[int, int],
+) -> Tensor:
+    """Two bilinear interpolations, the second of a part: as :func:`upsampled_rles` says."""
+    height, width = values_KCHW.shape[-2:]
+    padded = height * strides[0], width * strides[1]
+    upsampled = F.interpolate(values_KCHW, padded, mode="bilinear", align_corners=False)
+    cropped = upsampled[..., : resized[0], : resized[1]]
+    return F.interpolate(cropped, original, mode="bilinear", align_corners=False)
+
+
 def _encode(mask: NDArray[np.bool_], left: int, top: int, height: int, width: int) -> Rle:
     """The RLE of an image that is empty but for ``mask`` (rows, columns) at (left, top)."""
     rows, columns = mask.shape
-    padded = np.zeros((columns, rows + 2), bool)
-    padded[:, 1:-1] = mask.T
-    column, row = np.nonzero(padded[:, 1:] ^ padded[:, :-1])
+    # Columns one after the other, nothing before the first and below each.
+    flat = np.zeros(1 + columns * (rows + 1), bool)
+    flat[1:].reshape(columns, rows + 1)[:, :rows] = mask.T
+    column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), rows + 1)
     starts = (column + left) * height + (row + top)
     # A run to the bottom of a column and one from the top of the next are one run.
     joined = np.flatnonzero(np.diff(starts) == 0)
