@@ -14,6 +14,7 @@ PROGRAM = ROOT / "tools" / "npu_ops.py"
 MODELS = {
     "twins": ROOT / "contrib/cv/classification/Twins-ALTGVT-S",
     "rcnn": ROOT / "built-in/cv/detection/Faster_Mask_RCNN_for_PyTorch",
+    "solov2": ROOT / "contrib/cv/detection/SOLOv2",
 }
 
 # A model with one of each: native, made of others, without a kernel, and against the rules.

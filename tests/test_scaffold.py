@@ -42,7 +42,7 @@ def test_a_skeletons_runs_are_known_to_the_launcher(copy: Path) -> None:
     assert "--data_path" in told.stdout
     found = program(copy, "../ci/copy_out.py", "nothing")
     assert found.returncode == 2
-    assert "there is: fresh, rcnn, twins." in found.stderr
+    assert "there is: fresh, rcnn, solov2, twins." in found.stderr
 
 
 def test_a_skeletons_run_starts_and_says_what_to_write(copy: Path, tmp_path: Path) -> None:

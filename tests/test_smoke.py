@@ -69,4 +69,4 @@ def test_a_failed_run_fails_whatever_it_left(zoo: Path) -> None:
 def test_an_unknown_model_is_told(zoo: Path) -> None:
     done = smoke(zoo, "twin", SCORE="99.5")
     assert done.returncode == 2
-    assert "there is: rcnn, twins" in done.stderr
+    assert "there is: rcnn, solov2, twins" in done.stderr

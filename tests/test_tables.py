@@ -102,7 +102,7 @@ def test_other_records_have_rows_and_the_index_names_them(copy: Path) -> None:
 
 
 def test_planned_models_leave_the_list_when_they_exist(copy: Path) -> None:
-    planned = "contrib/cv/detection/SOLOv2"
+    planned = "built-in/others/GLIP_for_PyTorch"
     tables(copy)
     assert rows(copy / "README.md", f"`{planned}`")[0][-1] == "planned, not there yet"
     (copy / planned).mkdir(parents=True)

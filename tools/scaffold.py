@@ -1,7 +1,7 @@
 """Writes the skeleton of a new model directory.
 
     python tools/scaffold.py NAME DIRECTORY [--title TEXT]
-    python tools/scaffold.py solov2 contrib/cv/detection/SOLOv2 --title "SOLOv2 segmentation"
+    python tools/scaffold.py glip built-in/others/GLIP_for_PyTorch --title "GLIP detection"
 
 The files come from tools/scaffold_files/, env_npu.sh from a model that is there. The package is
 listed in [tool.importlinter] of pyproject.toml.
@@ -78,8 +78,8 @@ def list_package(name: str, project: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Writes the skeleton and says what comes next."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", help="what people and Python call it: solov2")
-    parser.add_argument("directory", type=Path, help="contrib/cv/detection/SOLOv2")
+    parser.add_argument("name", help="what people and Python call it: glip")
+    parser.add_argument("directory", type=Path, help="built-in/others/GLIP_for_PyTorch")
     parser.add_argument("--title", help="a few words for the README [the directory's name]")
     parser.add_argument("--root", type=Path, default=ROOT, help="the repository [this one]")
     arguments = parser.parse_args(argv)

@@ -35,8 +35,6 @@ from zoo_common.config import Field, PrecisionConfig, RunConfig, fields_of, opti
 from zoo_common.device import SWITCHES
 
 PLANNED = {
-    "built-in/cv/detection/Faster_Mask_RCNN_for_PyTorch": "Faster R-CNN and Mask R-CNN",
-    "contrib/cv/detection/SOLOv2": "instance segmentation with SOLOv2",
     "built-in/others/DeCLIP_for_PyTorch": "data-efficient CLIP pre-training",
     "built-in/others/GLIP_for_PyTorch": "grounded language-image pre-training and detection",
 }
@@ -80,7 +78,8 @@ def options_table(model: ModelDir) -> str:
             rows.append((names, targets, None, "takes no value", origin))
             continue
         field = fields[option.targets[0].partition("=")[0]]
-        rows.append((names, targets, values[field.path], _meaning(field), origin))
+        meaning = option.help or _meaning(field)
+        rows.append((names, targets, values[field.path], meaning, origin))
     return table(("option", "sets", f"in {first}", "meaning", "known to"), rows)
 
 
