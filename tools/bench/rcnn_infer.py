@@ -17,6 +17,7 @@ from typing import Any
 
 import rcnn_peer as peer
 from alternate import alternate, print_table
+from scene import draw_scene
 
 
 def parse_options() -> argparse.Namespace:
@@ -124,7 +125,7 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     config = peer.their_config()
-    scenes = [peer.draw_scene(i, options.height, options.width) for i in range(options.images)]
+    scenes = [draw_scene(i, options.height, options.width) for i in range(options.images)]
     weights = peer.make_weights(config, scenes, options.teach)
     ours = build_ours(weights, scenes, half=options.dtype == "bfloat16")
     theirs = build_theirs(config, weights, scenes)

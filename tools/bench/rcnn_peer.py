@@ -1,11 +1,11 @@
-"""What the R-CNN benches share: detectron2 as the peer, and one scene for it and for us.
+"""What the R-CNN benches share: detectron2 as the peer, and the scene as each of us takes it.
 
 detectron2 comes from the environment. Random weights would find nothing, and then half of the
 work is not done: so the frozen statistics are set to those of the scene (``calibrate``), and the
 network is trained on it for some steps (``teach``), after which about 50 of 512 proposals are
 foreground, and about 50 objects are found. The same weights, images and objects go to both.
 
-Shape letters: B images, C channels, H W pixels, N objects.
+Shape letters: B images, C channels, H W pixels.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from scene import NUM_CLASSES
 
 if TYPE_CHECKING:
     import torch
@@ -24,9 +26,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 MODEL_DIR = ROOT / "built-in/cv/detection/Faster_Mask_RCNN_for_PyTorch"
 CONFIG = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
-NUM_CLASSES = 80
-OBJECTS = 8  # of an image: COCO has 7.3
-CORNERS = 24  # of an outline: COCO has about as many
 MISSING = (
     "detectron2 is not here ({name}: {error}). This bench compares with it: install it as its "
     "INSTALL.md says, for the torch of this environment, outside of this repository, and put it "
@@ -120,36 +119,6 @@ def teach(model: torch.nn.Module, batch: list[dict[str, Any]], steps: int) -> No
             torch.nn.utils.clip_grad_norm_(trained, 5.0)
             optimizer.step()
             optimizer.zero_grad()
-
-
-def draw_scene(seed: int, height: int, width: int, objects: int = OBJECTS) -> Sample:
-    """A noise image with objects of many sizes, whose outlines are uneven ellipses."""
-    import numpy as np
-
-    from zoo_common.detection.masks import polygons_to_edges
-    from zoo_common.detection.transforms import Sample
-
-    random = np.random.default_rng(seed)
-    coarse = random.integers(256, size=(height // 16 + 1, width // 16 + 1, 3))
-    image = coarse.repeat(16, axis=0).repeat(16, axis=1)[:height, :width]
-    image = np.clip(image + random.integers(-30, 31, size=image.shape), 0, 255).astype(np.uint8)
-    boxes, outlines = [], []
-    for _ in range(objects):
-        size = np.exp(random.uniform(np.log(24), np.log(min(height, width) * 0.9), size=2))
-        center = random.uniform(size / 2, (width, height) - size / 2)
-        angle = np.sort(random.uniform(0, 2 * np.pi, size=CORNERS))
-        radius = random.uniform(0.7, 1.0, size=CORNERS)
-        corners = np.stack([np.cos(angle), np.sin(angle)], axis=1) * radius[:, None] * size / 2
-        corners = np.clip(corners + center, 0, (width, height))
-        boxes.append([*corners.min(axis=0), *corners.max(axis=0)])
-        outlines.append(polygons_to_edges([corners.flatten().tolist()]))
-    return Sample(
-        image_HWC=image,
-        boxes_N4=np.array(boxes).reshape(-1, 4),
-        labels_N=random.integers(NUM_CLASSES, size=objects),
-        edges=[edges for edges, _ in outlines],
-        rings=[rings for _, rings in outlines],
-    )
 
 
 def to_ours(scenes: Sequence[Sample], shapes: StaticShapes | None = None) -> DetectionBatch:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import rcnn_peer as peer
+from scene import draw_scene
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -49,7 +50,7 @@ def count_theirs(options: argparse.Namespace) -> Report:
     batches = []
     for step in range(steps):
         scenes = [
-            peer.draw_scene(
+            draw_scene(
                 seed=step * options.images + image,
                 height=int(random.integers(256, 480)),
                 width=int(random.integers(256, 480)),

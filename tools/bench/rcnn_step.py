@@ -16,27 +16,30 @@ a process that has built the network, in a process of its own for each.
 from __future__ import annotations
 
 import argparse
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import rcnn_peer as peer
 from alternate import alternate, print_table
-from twins_step import resident_memory_mb
+from scene import draw_scene
+from step_profile import (
+    PRODUCTS,
+    TrainStep,
+    added_memory_mb,
+    alone_ms,
+    operators_ms,
+    print_kinds,
+    print_losses,
+    print_memory,
+    print_parts,
+    run_apart,
+)
 
 if TYPE_CHECKING:
     import torch
 
 NAMES = ("ours", "detectron2")
-Step = Callable[[], dict[str, float]]
 
 PARTS = {
     "normalised images": ("", "preprocess"),
@@ -48,12 +51,7 @@ PARTS = {
     "mask head and loss": ("roi_heads", "mask_loss"),
     "  of which mask targets": ("roi_heads", "mask_targets"),
 }
-KINDS = {
-    "convolution": "convolutions, forward",
-    "convolution_backward": "convolutions, backward",
-    "mm": "matrix products",
-    "addmm": "matrix products",
-    "bmm": "matrix products",
+KINDS = PRODUCTS | {
     "roi_align": "region pooling, forward",
     "roi_align_levels": "region pooling, forward",
     "_roi_align_backward": "region pooling, backward",
@@ -61,7 +59,6 @@ KINDS = {
     "nms": "suppression",
     "nms_keep": "suppression",
 }
-PRODUCTS = ("convolution", "convolution_backward", "mm", "addmm", "bmm")
 
 
 def parse_options() -> argparse.Namespace:
@@ -79,12 +76,12 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def build_step(name: str, images: int, options: argparse.Namespace) -> tuple[Step, Any]:
-    """A function that trains one step and returns the seconds of its phases; and the network."""
+def build_step(name: str, images: int, options: argparse.Namespace) -> tuple[TrainStep, Any]:
+    """A training step, and its network."""
     import torch
 
     weights = torch.load(options.weights)
-    scenes = [peer.draw_scene(i, options.height, options.width) for i in range(images)]
+    scenes = [draw_scene(i, options.height, options.width) for i in range(images)]
     if name == "detectron2":
         from detectron2.solver import build_optimizer
         from detectron2.utils.events import EventStorage
@@ -102,173 +99,36 @@ def build_step(name: str, images: int, options: argparse.Namespace) -> tuple[Ste
         batch = peer.to_ours(scenes).to(torch.device("cpu"))
     half = options.dtype == "bfloat16" and name == "ours"
 
-    def step() -> dict[str, float]:
-        start = time.perf_counter()
+    def forward() -> dict[str, torch.Tensor]:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            losses = model(batch)
-        forward = time.perf_counter()
-        sum(losses.values()).backward()
-        backward = time.perf_counter()
-        optimizer.step()
-        optimizer.zero_grad()
-        end = time.perf_counter()
-        step.losses = {key: float(losses[key]) for key in sorted(losses)}  # type: ignore[attr-defined]
-        return {
-            "forward": forward - start,
-            "backward": backward - forward,
-            "SGD": end - backward,
-            "whole step": end - start,
-        }
+            losses: dict[str, torch.Tensor] = model(batch)
+        return losses
 
-    return step, model
-
-
-def added_memory_mb(options: argparse.Namespace) -> float:
-    """Peak resident memory that three steps add to this process, in MiB."""
-    step, _ = build_step(options.only_memory_of, options.images[0], options)
-    before_mb = resident_memory_mb("VmRSS")
-    for _ in range(3):
-        step()
-    return resident_memory_mb("VmHWM") - before_mb
+    return TrainStep(forward, optimizer), model
 
 
 def memory_mb(name: str, images: int, options: argparse.Namespace) -> float:
-    """The same, in a process of its own."""
-    command = [sys.executable, __file__, f"--images={images}", f"--only-memory-of={name}"]
+    """What three steps add to a process of their own, in MiB."""
+    arguments = [f"--images={images}", f"--only-memory-of={name}"]
     for option in ("height", "width", "threads", "dtype", "weights"):
-        command.append(f"--{option}={getattr(options, option)}")
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def alone_ms(step: Step, repeats: int = 3) -> dict[str, float]:
-    """Milliseconds of a step's convolutions and matrix products, called one by one."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    calls: Counter[tuple[Any, str]] = Counter()
-    arguments: dict[tuple[Any, str], tuple[Any, ...]] = {}
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-        ) -> Any:
-            if func._schema.name.partition("::")[2] in PRODUCTS:
-                kept = tuple(
-                    (a.shape, a.stride(), a.dtype) if isinstance(a, torch.Tensor) else a
-                    for a in args
-                )
-                arguments[func, repr(kept)] = kept
-                calls[func, repr(kept)] += 1
-            return func(*args, **(kwargs or {}))
-
-    with Record():  # type: ignore[no-untyped-call]
-        step()
-
-    def make(argument: Any) -> Any:
-        if isinstance(argument, tuple) and isinstance(argument[-1], torch.dtype):
-            size, stride, dtype = argument
-            return torch.empty_strided(size, stride, dtype=dtype).normal_()
-        return argument
-
-    total: dict[str, float] = {}
-    for (func, key), times in calls.items():
-        made = [make(argument) for argument in arguments[func, key]]
-        fastest = min(_seconds(func, made) for _ in range(repeats))
-        kind = kind_of(func._schema.name)
-        total[kind] = total.get(kind, 0.0) + 1e3 * times * fastest
-    return total
-
-
-def _seconds(function: Any, arguments: list[Any]) -> float:
-    start = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - start
-
-
-def kind_of(operator: str) -> str:
-    """What an operator such as ``aten::mm`` is for."""
-    return KINDS.get(operator.partition("::")[2], "all else")
-
-
-def operators_ms(step: Step, repeats: int = 3) -> dict[str, float]:
-    """Milliseconds of a step by kind of operator; the median of some steps."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    spent: list[dict[str, float]] = []
-
-    class Clock(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-        ) -> Any:
-            start = time.perf_counter()
-            result = func(*args, **(kwargs or {}))
-            kind = kind_of(func._schema.name)
-            spent[-1][kind] = spent[-1].get(kind, 0) + 1e3 * (time.perf_counter() - start)
-            return result
-
-    for _ in range(repeats):
-        spent.append({})
-        with Clock():  # type: ignore[no-untyped-call]
-            step()
-    return {kind: statistics.median(one.get(kind, 0) for one in spent) for kind in spent[0]}
-
-
-@contextmanager
-def part_clock(model: Any) -> Iterator[dict[str, list[float]]]:
-    """Milliseconds of our forward pass by part, a list entry a call."""
-    spent: dict[str, list[float]] = {name: [] for name in PARTS}
-
-    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            spent[name].append(1e3 * (time.perf_counter() - start))
-            return result
-
-        return call
-
-    with ExitStack() as stack:
-        for name, (module, method) in PARTS.items():
-            owner = model.get_submodule(module)
-            function = timed(name, getattr(owner, method))
-            stack.enter_context(mock.patch.object(owner, method, function))
-        yield spent
-
-
-def print_kinds(columns: Mapping[str, Mapping[str, float]]) -> None:
-    """A table of milliseconds by kind of operator."""
-    print(f"{'operators, ms a step':<26}" + "".join(f"{name:>14}" for name in columns))
-    for kind in [*dict.fromkeys(KINDS.values()), "all else"]:
-        print(f"{kind:<26}" + "".join(f"{spent.get(kind, 0):14.0f}" for spent in columns.values()))
+        arguments.append(f"--{option}={getattr(options, option)}")
+    return run_apart(arguments)
 
 
 def compare(images: int, options: argparse.Namespace) -> None:
     """Prints all figures for a number of images."""
     built = {name: build_step(name, images, options) for name in NAMES}
-    steps: dict[str, Any] = {name: step for name, (step, _) in built.items()}
+    steps = {name: step for name, (step, _) in built.items()}
     print(f"\n{images} x {options.height} x {options.width}, ours in {options.dtype}")
     seconds = alternate(steps, rounds=options.steps)
-    for name, step in steps.items():
-        print(f"{name:<12}" + "".join(f" {key} {value:.4f}" for key, value in step.losses.items()))
+    print_losses(steps)
     print_table(seconds, ours=NAMES[0], theirs=NAMES[1])
-
-    memory = {name: memory_mb(name, images, options) for name in NAMES}
-    print(
-        f"peak memory of steps: ours {memory['ours']:.0f} MiB, detectron2 "
-        f"{memory['detectron2']:.0f} MiB, ratio {memory['ours'] / memory['detectron2']:.3f}"
-    )
-    with part_clock(built["ours"][1]) as parts:
-        for _ in range(3):
-            steps["ours"]()
-    print("ours, forward, ms:")
-    for name, spent in parts.items():
-        print(f"  {name:<24} {statistics.median(spent):8.1f}")
-    print_kinds(
-        {
-            **{name: operators_ms(step) for name, step in steps.items()},
-            "ours alone": alone_ms(steps["ours"]),
-        }
-    )
+    print_memory([memory_mb(name, images, options) for name in NAMES], NAMES[1])
+    model = built["ours"][1]
+    parts = {name: (model.get_submodule(module), part) for name, (module, part) in PARTS.items()}
+    print_parts(steps["ours"], parts, "ours, forward, ms:")
+    columns = {name: operators_ms(step, KINDS) for name, step in steps.items()}
+    print_kinds({**columns, "ours alone": alone_ms(steps["ours"])}, KINDS)
 
 
 def main() -> None:
@@ -279,13 +139,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     if options.only_memory_of:
-        print(added_memory_mb(options))
+        step, _ = build_step(options.only_memory_of, options.images[0], options)
+        print(added_memory_mb(step))
         return
     with tempfile.TemporaryDirectory() as directory:
         options.weights = Path(directory) / "weights.pth"
-        scenes = [
-            peer.draw_scene(i, options.height, options.width) for i in range(max(options.images))
-        ]
+        scenes = [draw_scene(i, options.height, options.width) for i in range(max(options.images))]
         torch.save(peer.make_weights(peer.their_config(), scenes, options.teach), options.weights)
         for images in options.images:
             compare(images, options)

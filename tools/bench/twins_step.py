@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from alternate import alternate, print_table
+from step_profile import added_memory_mb, print_memory, run_apart
 
 if TYPE_CHECKING:
     import torch
@@ -91,35 +93,15 @@ def make_step(
     return step
 
 
-def added_memory_mb(name: str, options: argparse.Namespace) -> float:
-    """Peak resident memory that three steps add to this process, in MiB."""
-    step = make_step(*build(name), options)
-    before_mb = resident_memory_mb("VmRSS")
-    for _ in range(3):
-        step()
-    return resident_memory_mb("VmHWM") - before_mb
-
-
-def resident_memory_mb(field: str) -> float:
-    """``VmRSS`` (now) or ``VmHWM`` (peak) of this process, in MiB.
-
-    Not getrusage's peak: that starts with the peak of the parent process.
-    """
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    line = next(line for line in status.splitlines() if line.startswith(f"{field}:"))
-    return int(line.split()[1]) / 1024
-
-
 def main() -> None:
     """Runs the comparison."""
     options = parse_options()
     import torch
-    from alternate import alternate, print_table
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     if options.only_memory_of:
-        print(added_memory_mb(options.only_memory_of, options))
+        print(added_memory_mb(make_step(*build(options.only_memory_of), options)))
         return
     ours, our_optimizer = build("ours")
     theirs, their_optimizer = build("timm")
@@ -139,16 +121,8 @@ def main() -> None:
     images_per_sec = options.batch / statistics.median(seconds["ours"]["whole step"])
     print(f"ours: {images_per_sec:.1f} images/s")
 
-    memory = {}
-    for name in contestants:
-        command = [sys.executable, __file__, *sys.argv[1:], "--only-memory-of", name]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        memory[name] = float(output)
-    ratio = memory["ours"] / memory["timm"]
-    print(
-        f"peak memory of steps: ours {memory['ours']:.0f} MiB, timm {memory['timm']:.0f} MiB, "
-        f"ratio {ratio:.3f}"
-    )
+    memory = [run_apart([*sys.argv[1:], f"--only-memory-of={name}"]) for name in contestants]
+    print_memory(memory, "timm")
 
 
 if __name__ == "__main__":

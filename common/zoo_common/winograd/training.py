@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from zoo_common.winograd.points import CELLS, FILTER, INPUT, OUTPUT, TILE
 
-_CHUNK = 1 << 23  # elements of transformed tiles at a time
+_CHUNK = 1 << 22  # elements of transformed tiles at a time: memory that goes back when freed
 
 
 def convolve(maps: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
@@ -42,14 +42,13 @@ class _Winograd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Tensor | None, *maps: Tensor) -> tuple[Tensor, ...]:
         outputs = weight.shape[0]
-        spread_FKC = _spread(weight)
         results = [torch.empty((m.shape[0], *m.shape[2:], outputs), dtype=m.dtype) for m in maps]
         output = _square(OUTPUT)
         for strips, tiles in _chunks(maps):
             spectrum_FTC = _analyse(maps, strips, tiles)
             product_FTK = spectrum_FTC.new_empty(len(spectrum_FTC), tiles, outputs)
             for one_TC, kernel_KC, out_TK in zip(
-                spectrum_FTC, spread_FKC, product_FTK, strict=True
+                spectrum_FTC, _kernels(weight), product_FTK, strict=True
             ):
                 out_TK.copy_(_line(F.conv2d(_row(one_TC), kernel_KC[:, :, None, None])))
             cells_XTK = torch.mm(output, product_FTK.flatten(1)).view(-1, tiles, outputs)
@@ -69,8 +68,7 @@ class _Winograd(torch.autograd.Function):
         weight, *maps = ctx.saved_tensors
         outputs, inputs = weight.shape[:2]
         wants_weight, wants_maps = ctx.needs_input_grad[0], any(ctx.needs_input_grad[2:])
-        spread_FKC = _spread(weight)
-        grad_FKC = torch.zeros_like(spread_FKC) if wants_weight else None
+        grad_33KC = weight.new_zeros(3, 3, outputs, inputs) if wants_weight else None
         rows_BHWK = [grad.permute(0, 2, 3, 1).contiguous() for grad in grads]
         bordered = (
             [m.new_zeros(m.shape[0], m.shape[2] + CELLS, m.shape[3] + CELLS, inputs) for m in maps]
@@ -84,8 +82,10 @@ class _Winograd(torch.autograd.Function):
                 shape = _grid(maps, strip, CELLS, outputs)
                 cells[:, strip.tiles].view(shape).copy_(_blocks(rows_BHWK[strip.map], strip))
             product_FTK = torch.mm(back, cells.flatten(1)).view(-1, tiles, outputs)
+            del cells  # while most activations are kept, what is added here makes a step's peak
             spectrum_FTC = _analyse(maps, strips, tiles)
-            for index, kernel_KC in enumerate(spread_FKC):
+            grads_6KC: list[Tensor] = []
+            for index, kernel_KC in enumerate(_kernels(weight)):
                 grad_TC, grad_KC, _ = torch.ops.aten.convolution_backward(
                     _row(product_FTK[index]),
                     _row(spectrum_FTC[index]),
@@ -99,8 +99,9 @@ class _Winograd(torch.autograd.Function):
                     1,
                     [wants_maps, wants_weight, False],
                 )
-                if grad_FKC is not None:
-                    grad_FKC[index] += grad_KC[..., 0, 0]
+                if grad_33KC is not None:
+                    grads_6KC.append(grad_KC[..., 0, 0])
+                    _gather_taps(grad_33KC, grads_6KC, index)
                 if wants_maps:
                     spectrum_FTC[index] = _line(grad_TC)
             if wants_maps:
@@ -118,10 +119,7 @@ class _Winograd(torch.autograd.Function):
         grad_bias = None
         if ctx.has_bias and ctx.needs_input_grad[1]:
             grad_bias = torch.stack([rows.sum(dim=(0, 1, 2)) for rows in rows_BHWK]).sum(dim=0)
-        grad_weight = None
-        if grad_FKC is not None:
-            grad_9KC = torch.mm(_square(FILTER).T, grad_FKC.flatten(1))
-            grad_weight = grad_9KC.view(3, 3, outputs, inputs).permute(2, 3, 0, 1)
+        grad_weight = None if grad_33KC is None else grad_33KC.permute(2, 3, 0, 1)
         return grad_weight, grad_bias, *grad_maps
 
 
@@ -140,11 +138,26 @@ def _square(matrix: Sequence[Sequence[float]]) -> Tensor:
     return torch.kron(one, one)
 
 
-def _spread(weight: Tensor) -> Tensor:
-    """Transformed weights [F, K, C]."""
+def _kernels(weight: Tensor) -> Iterator[Tensor]:
+    """The transformed weights of each place, [K, C]; a row of places is made at a time."""
     outputs, inputs = weight.shape[:2]
-    taps_9X = weight.permute(2, 3, 0, 1).reshape(9, outputs * inputs)
-    return torch.mm(_square(FILTER), taps_9X).view(-1, outputs, inputs)
+    points_63 = torch.tensor(FILTER, dtype=torch.float32)
+    taps_3X = weight.permute(2, 3, 0, 1).reshape(3, 3 * outputs * inputs)
+    for row_X in torch.mm(points_63, taps_3X):
+        yield from torch.mm(points_63, row_X.view(3, -1)).view(-1, outputs, inputs)
+
+
+def _gather_taps(grad_33KC: Tensor, grads_6KC: list[Tensor], place: int) -> None:
+    """Adds a row of places, once it is whole, to the gradient of the weights."""
+    row, column = divmod(place, TILE)
+    if column < TILE - 1:
+        return
+    points_63 = torch.tensor(FILTER, dtype=torch.float32)
+    places_6X = torch.stack(grads_6KC).flatten(1)
+    taps_3KC = torch.mm(points_63.T, places_6X).view(3, *grad_33KC.shape[2:])
+    for tap, factor in enumerate(FILTER[row]):
+        grad_33KC[tap].add_(taps_3KC, alpha=factor)
+    grads_6KC.clear()
 
 
 def _chunks(maps: Sequence[Tensor]) -> Iterator[tuple[list[_Strip], int]]:
