@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from zoo_common.winograd.points import CELLS, FILTER, INPUT, OUTPUT, TILE
 
-_CHUNK = 1 << 22  # elements of transformed tiles at a time: memory that goes back when freed
+_CHUNK = 5_000_000  # elements of transformed tiles at a time: memory that goes back when freed
 
 
 def convolve(maps: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
@@ -43,7 +43,7 @@ class _Winograd(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, bias: Tensor | None, *maps: Tensor) -> tuple[Tensor, ...]:
         outputs = weight.shape[0]
         results = [torch.empty((m.shape[0], *m.shape[2:], outputs), dtype=m.dtype) for m in maps]
-        output = _square(OUTPUT)
+        output = _matrix(OUTPUT)
         for strips, tiles in _chunks(maps):
             spectrum_FTC = _analyse(maps, strips, tiles)
             product_FTK = spectrum_FTC.new_empty(len(spectrum_FTC), tiles, outputs)
@@ -51,7 +51,7 @@ class _Winograd(torch.autograd.Function):
                 spectrum_FTC, _kernels(weight), product_FTK, strict=True
             ):
                 out_TK.copy_(_line(F.conv2d(_row(one_TC), kernel_KC[:, :, None, None])))
-            cells_XTK = torch.mm(output, product_FTK.flatten(1)).view(-1, tiles, outputs)
+            cells_XTK = _transform(output, product_FTK)
             if bias is not None:
                 cells_XTK += bias
             for strip in strips:
@@ -75,13 +75,13 @@ class _Winograd(torch.autograd.Function):
             if wants_maps
             else []
         )
-        back, front = _square(OUTPUT).T, _square(INPUT).T
+        back, front = _matrix(OUTPUT).T, _matrix(INPUT).T
         for strips, tiles in _chunks(maps):
             cells = torch.empty(CELLS**2, tiles, outputs)
             for strip in strips:
                 shape = _grid(maps, strip, CELLS, outputs)
                 cells[:, strip.tiles].view(shape).copy_(_blocks(rows_BHWK[strip.map], strip))
-            product_FTK = torch.mm(back, cells.flatten(1)).view(-1, tiles, outputs)
+            product_FTK = _transform(back, cells)
             del cells  # while most activations are kept, what is added here makes a step's peak
             spectrum_FTC = _analyse(maps, strips, tiles)
             grads_6KC: list[Tensor] = []
@@ -105,7 +105,7 @@ class _Winograd(torch.autograd.Function):
                 if wants_maps:
                     spectrum_FTC[index] = _line(grad_TC)
             if wants_maps:
-                tiles_XTC = torch.mm(front, spectrum_FTC.flatten(1)).view(-1, tiles, inputs)
+                tiles_XTC = _transform(front, spectrum_FTC)
                 for strip in strips:
                     _overlap(bordered[strip.map], tiles_XTC[:, strip.tiles], maps, strip)
         grad_maps = (
@@ -132,16 +132,26 @@ def _line(map_1X1T: Tensor) -> Tensor:
     return map_1X1T.permute(0, 2, 3, 1)[0, 0]
 
 
-def _square(matrix: Sequence[Sequence[float]]) -> Tensor:
-    """What transforms rows and columns of a tile at once."""
-    one = torch.tensor(matrix, dtype=torch.float32)
-    return torch.kron(one, one)
+def _transform(matrix: Tensor, tiles_XTC: Tensor) -> Tensor:
+    """Rows and columns of tiles by a matrix: [a, b] and [b * b, T, C] give [a * a, T, C].
+
+    Where a is b the result takes the memory of the tiles.
+    """
+    after, before = matrix.shape
+    rows = torch.mm(matrix, tiles_XTC.view(before, -1)).view(after, before, -1)
+    both = tiles_XTC if after == before else tiles_XTC.new_empty(after**2, *tiles_XTC.shape[1:])
+    torch.bmm(matrix.repeat(after, 1, 1), rows, out=both.view(after, after, -1))
+    return both
+
+
+def _matrix(rows: Sequence[Sequence[float]]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float32)
 
 
 def _kernels(weight: Tensor) -> Iterator[Tensor]:
     """The transformed weights of each place, [K, C]; a row of places is made at a time."""
     outputs, inputs = weight.shape[:2]
-    points_63 = torch.tensor(FILTER, dtype=torch.float32)
+    points_63 = _matrix(FILTER)
     taps_3X = weight.permute(2, 3, 0, 1).reshape(3, 3 * outputs * inputs)
     for row_X in torch.mm(points_63, taps_3X):
         yield from torch.mm(points_63, row_X.view(3, -1)).view(-1, outputs, inputs)
@@ -152,7 +162,7 @@ def _gather_taps(grad_33KC: Tensor, grads_6KC: list[Tensor], place: int) -> None
     row, column = divmod(place, TILE)
     if column < TILE - 1:
         return
-    points_63 = torch.tensor(FILTER, dtype=torch.float32)
+    points_63 = _matrix(FILTER)
     places_6X = torch.stack(grads_6KC).flatten(1)
     taps_3KC = torch.mm(points_63.T, places_6X).view(3, *grad_33KC.shape[2:])
     for tap, factor in enumerate(FILTER[row]):
@@ -212,7 +222,7 @@ def _analyse(maps: Sequence[Tensor], strips: Sequence[_Strip], tiles: int) -> Te
         shape = _grid(maps, strip, TILE, channels)
         strides = (row, column, image, CELLS * row, CELLS * column, 1)
         cut[:, strip.tiles].view(shape).copy_(part.contiguous().as_strided(shape, strides))
-    return torch.mm(_square(INPUT), cut.flatten(1)).view(-1, tiles, channels)
+    return _transform(_matrix(INPUT), cut)
 
 
 def _overlap(bordered_BHWC: Tensor, tiles: Tensor, maps: Sequence[Tensor], strip: _Strip) -> None:
