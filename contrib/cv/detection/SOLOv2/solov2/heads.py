@@ -100,28 +100,35 @@ class MaskFeatures(nn.Module):
 
     def forward(self, maps: list[Tensor], extent: Extent | None) -> Tensor:
         """Mask features [B, E, H / 4, W / 4], zero beyond the extent."""
-        total_BCHW: Tensor | None = None
-        for level, (convs, map_BCHW) in enumerate(
-            zip(self.convs_all_levels, maps[:4], strict=True)
-        ):
-            if level == 3:
-                cells_2 = None if extent is None else extent.cells_2(STRIDES[level])
-                where_B2HW = coordinates(map_BCHW, cells_2)
-                map_BCHW = torch.cat([map_BCHW, where_B2HW], dim=1)
-                if extent is not None:
-                    map_BCHW = extent.clear(map_BCHW, STRIDES[level])
-            stride = STRIDES[level]
-            for block in convs.children():
-                (map_BCHW,) = block([map_BCHW], inside_of(extent, stride, map_BCHW))
-                if level:
-                    stride //= 2
-                    map_BCHW = double(map_BCHW, extent, stride)
-            total_BCHW = map_BCHW if total_BCHW is None else total_BCHW + map_BCHW
-        assert total_BCHW is not None
+        finest = self.level(0, maps[0], extent)
+        # Interpolation is linear: the coarser levels are summed before their last step to a
+        # quarter of the image's size, not behind it.
+        coarser = [self.level(level, maps[level], extent) for level in range(1, 4)]
+        total_BCHW = coarser[0] + coarser[1] + coarser[2]
+        total_BCHW = finest + double(total_BCHW, extent, STRIDES[0])
         inside_HW = inside_of(extent, STRIDES[0], total_BCHW)
         features_BEHW: Tensor
         (features_BEHW,) = self.conv_pred[0]([total_BCHW], inside_HW)
         return features_BEHW
+
+    def level(self, level: int, map_BCHW: Tensor, extent: Extent | None) -> Tensor:
+        """A level's map [B, C, H', W'], at an eighth of the image's size, the finest at a quarter.
+
+        A level of stride 4 * 2^n has n convolutions, and its resolution doubled behind each but
+        the last one.
+        """
+        stride = STRIDES[level]
+        if level == 3:
+            cells_2 = None if extent is None else extent.cells_2(stride)
+            map_BCHW = torch.cat([map_BCHW, coordinates(map_BCHW, cells_2)], dim=1)
+            if extent is not None:
+                map_BCHW = extent.clear(map_BCHW, stride)
+        for index, block in enumerate(self.convs_all_levels[level].children()):
+            if index:
+                stride //= 2
+                map_BCHW = double(map_BCHW, extent, stride)
+            (map_BCHW,) = block([map_BCHW], inside_of(extent, stride, map_BCHW))
+        return map_BCHW
 
 
 def double(map_BCHW: Tensor, extent: Extent | None, stride: int) -> Tensor:
