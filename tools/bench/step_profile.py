@@ -141,12 +141,14 @@ def alone_ms(
             self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
         ) -> Any:
             if name_of(func) in products:
+                # Called alone it makes its result anew, also where it was given one to write to.
+                alone = func.overloadpacket.default
                 kept = tuple(
                     (a.shape, a.stride(), a.dtype) if isinstance(a, torch.Tensor) else a
                     for a in args
                 )
-                arguments[func, repr(kept)] = kept
-                calls[func, repr(kept)] += 1
+                arguments[alone, repr(kept)] = kept
+                calls[alone, repr(kept)] += 1
             return func(*args, **(kwargs or {}))
 
     with Record():  # type: ignore[no-untyped-call]
