@@ -1,7 +1,7 @@
 """The convolution of this package where gradients are wanted: forward and backward pass.
 
 Both are in matrix products over the tiles of all maps, place by place of a tile, and the
-transforms are matrix products too: the one of a tile's rows and columns at once. Nothing that is
+transforms are matrix products too: by the rows of all tiles, then by their columns. Nothing that is
 transformed is kept for the backward pass, which costs less time than the memory is worth: tiles
 are 2.25 times a map, and transformed filters four times the filters.
 
@@ -19,7 +19,9 @@ from torch.nn import functional as F
 
 from zoo_common.winograd.points import CELLS, FILTER, INPUT, OUTPUT, TILE
 
-_CHUNK = 5_000_000  # elements of transformed tiles at a time: memory that goes back when freed
+_CHUNK = 5_000_000
+"""Elements of transformed tiles at a time, each in some buffers of that size. Filters are transformed
+for every chunk anew, so that a layer of 512 channels on grids of some 60 x 60 should fit one."""
 
 
 def convolve(maps: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:

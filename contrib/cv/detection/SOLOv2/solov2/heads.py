@@ -114,8 +114,8 @@ class MaskFeatures(nn.Module):
     def level(self, level: int, map_BCHW: Tensor, extent: Extent | None) -> Tensor:
         """A level's map [B, C, H', W'], at an eighth of the image's size, the finest at a quarter.
 
-        A level of stride 4 * 2^n has n convolutions, and its resolution doubled behind each but
-        the last one.
+        The finest has one convolution, and one of stride 4 * 2^n has n, with the resolution doubled
+        between two of them.
         """
         stride = STRIDES[level]
         if level == 3:
