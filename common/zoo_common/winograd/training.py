@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from zoo_common.winograd.points import CELLS, FILTER, INPUT, OUTPUT, TILE
 
 _CHUNK = 5_000_000
-"""Elements of transformed tiles at a time, in some buffers of that size. Filters are transformed for
-every chunk anew: a layer of 512 channels on 4,000 cells, as SOLOv2's towers have, fits one."""
+"""Elements of transformed tiles at a time, in some buffers of that size. Filters are transformed
+for every chunk anew: a layer of 512 channels on 4,000 cells, as SOLOv2's towers have, fits one."""
 
 
 def convolve(maps: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
