@@ -48,7 +48,8 @@ def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
     [
         [(40, 40)],
         [(13, 21), (37, 150), (4, 4), (1, 1)],  # sides that are no multiples of 4, several blocks
-        [(3, 700)],  # wider than a block
+        [(3, 700)],  # wider than a product
+        [(3, 270), (24, 200), (16, 36)],  # blocks side by side, which begin above the last one
         [(60, 44)],  # more than one product
     ],
 )
@@ -74,6 +75,17 @@ def test_order_of_memory() -> None:
     assert torch.equal(winograd.conv3x3([last], weight)[0], expected)
     part = torch.cat([last, last], dim=1)[:, :160]  # channels of a wider map
     assert torch.equal(winograd.conv3x3([part], weight)[0], expected)
+
+
+@needs_onednn
+def test_what_inference_mode_makes_is_used_outside_of_it() -> None:
+    weight, map_BCHW = weights(160, 160).requires_grad_(), draw(1, 160, 33, 45)
+    with torch.inference_mode():
+        expected = winograd.conv3x3([map_BCHW], weight)[0]
+        packed = inference._kept[weight].packed
+    with torch.no_grad():
+        assert torch.equal(winograd.conv3x3([map_BCHW.requires_grad_()], weight)[0], expected)
+    assert inference._kept[weight].packed is packed
 
 
 @torch.no_grad()

@@ -5,9 +5,10 @@ of 4 x 4 outputs, which see 6 x 6 inputs; at the 36 places of a tile, transforme
 filters are multiplied, channel by channel: 36 matrix products where the plain way needs 144.
 Nothing is compiled: the products are oneDNN's, and the transforms operators of torch.
 
-``points`` tells how tiles and filters are transformed, ``inference`` and ``training`` do it. A
-network on the CPU has this speed from 128 to 256 channels on; narrow ones and other devices have
-torch's convolution.
+``points`` tells how tiles and filters are transformed, ``inference`` and ``training`` do it, and
+``kept`` tells whether what was made of weights still holds. A network on the CPU has this speed
+from 96 channels on, with gradients from 256; narrow ones and other devices have torch's
+convolution.
 
 Shape letters: B images, C channels, O outputs, H W cells of a map.
 """
@@ -22,7 +23,7 @@ from zoo_common.winograd import inference, training
 from zoo_common.winograd.points import CELLS
 
 FEWEST_TILES = 80
-FEWEST_CHANNELS = 66  # C O / (C + O): with fewer, the transforms take what the products save
+FEWEST_CHANNELS = 48  # C O / (C + O): with fewer, the transforms take what the products save
 FEWEST_TO_TRAIN = 128  # the same with gradients
 
 
@@ -38,7 +39,8 @@ def conv3x3(
     The transformed filters are kept as long as the weight lives: 16 bytes for each of its numbers;
     while they are made, in float64, several times that. They are made anew when the weight was
     changed in place or its memory replaced, and dropped by the first call that records gradients.
-    A change past autograd's counting, as ``weight.data.mul_()``, is not seen.
+    A change past autograd's counting, as ``weight.data.mul_()``, is not seen. What the transforms
+    of the last sizes of maps need is kept too, 26 MB at most for any number of layers.
 
     Args:
         maps_BCHW: at best in channels-last memory. Together, since many tiles make good products.
@@ -72,13 +74,20 @@ def suits(maps_BCHW: Sequence[Tensor], weight_OC33: Tensor) -> bool:
         tiles >= FEWEST_TILES
         and channels * outputs >= fewest * (channels + outputs)
         and (whole or not gradients)
-        and all(
-            tensor.device.type == "cpu" and tensor.dtype is torch.float32
-            for tensor in (*maps_BCHW, weight_OC33)
-        )
         and weight_OC33.shape[2:] == (3, 3)
+        and takes([weight_OC33], maps_BCHW)
+    )
+
+
+def takes(weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    """Whether oneDNN's own operators take these, and what is made of the weights may be kept.
+
+    On a CPU with oneDNN, in float32, without autocast, not while a graph is traced.
+    """
+    return (
+        all(one.device.type == "cpu" and one.dtype is torch.float32 for one in (*weights, *inputs))
         and not torch.is_autocast_enabled("cpu")
-        and not weight_OC33.is_inference()  # these count no changes
+        and not any(one.is_inference() for one in weights)  # these count no changes
         and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and torch.backends.cpu.get_cpu_capability().startswith("AVX")

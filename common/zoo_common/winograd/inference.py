@@ -1,16 +1,19 @@
 """The convolution of this package where no gradients are wanted.
 
-The transforms are elementwise, on blocks of tiles that stay in the caches, and the products are a
-grouped 1x1 convolution of oneDNN. Filters are transformed and brought into oneDNN's order once and
-kept.
+Each transform is a sparse matrix, the same for every channel: an embedding bag sums weighted cells
+of a map, or places of a tile, as rows of channels, in one pass that stays in the caches and leaves
+out what lies beyond the border. The products are a grouped 1x1 convolution of oneDNN. Filters are
+transformed and brought into oneDNN's order once and kept.
 
-Shape letters: B images, C channels, O outputs, H W cells of a map, T tiles, P the 36 places of a
-tile row by row, I J rows and columns of these, X Y rows and columns of tiles in a block.
+Shape letters: B images, C channels, O outputs, H W cells of a map, S the cells of all maps, N those
+of a chunk, T tiles, P the 36 places of a tile row by row, R tiles times places, I J rows and
+columns of places, K terms of the sums of one tile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -18,12 +21,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from zoo_common.winograd.points import CELLS, FAR, FILTER, INPUT, NEAR, OUTPUT
+from zoo_common.winograd.kept import Versions, versions
+from zoo_common.winograd.points import CELLS, FILTER, INPUT, OUTPUT, TILE
 
-PLACES = 36
+PLACES = TILE**2
 TILES = 128
 """Tiles of one product; always as many, since oneDNN's order of the filters depends on it."""
-MOST_COLUMNS = 32  # tiles of a block in a row
 ALIGNED = 16  # channels, for the products' vectors
 
 
@@ -36,22 +39,46 @@ class _Filters(NamedTuple):
     """
 
     packed: Tensor
-    state: tuple[int, ...]
+    state: Versions
 
 
 class _Block(NamedTuple):
-    """A rectangle of tiles of one image."""
+    """A rectangle of an image's outputs, whole tiles but for the image's end.
 
-    source_HWC: Tensor
-    target_HWO: Tensor
-    top: int  # of its outputs
-    left: int
-    rows: int  # of tiles
-    columns: int
+    Attributes:
+        first: its first cell, counted from the chunk's.
+        height: rows of cells.
+        width: columns.
+        line: columns of the image.
+        above: whether the image goes on above.
+        below: and below.
+        before: and to the left.
+        behind: and to the right.
+    """
+
+    first: int
+    height: int
+    width: int
+    line: int
+    above: bool
+    below: bool
+    before: bool
+    behind: bool
 
 
-_SCALES = (NEAR, NEAR, FAR, FAR)
-"""Of the filters' values at the four points, so that the second output of a line is a sum."""
+class _Sums(NamedTuple):
+    """Weighted sums of rows: the arguments of an embedding bag."""
+
+    rows: Tensor  # int32
+    weights: Tensor
+    starts: Tensor  # int32, of each sum among the rows
+
+    def of(self, table: Tensor) -> Tensor:
+        """The sums, in order."""
+        return F.embedding_bag(
+            self.rows, table, self.starts, mode="sum", per_sample_weights=self.weights
+        )
+
 
 _kept: MutableMapping[Tensor, _Filters] = WeakTensorKeyDictionary()
 
@@ -62,20 +89,25 @@ def convolve(
     """``winograd.conv3x3`` without gradients; it says what is kept, and for how long."""
     packed = _filters(weight_OC33)
     outputs, channels = weight_OC33.shape[:2]
-    sources = [
-        map_BCHW.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        for map_BCHW in maps_BCHW
+    lines_SC = _lines(maps_BCHW, _aligned(channels) - channels)
+    sizes = [(one.shape[2], one.shape[3]) for one in maps_BCHW for _ in one]
+    chunks = list(_chunks(sizes))
+    lines_SO = lines_SC.new_empty(len(lines_SC), outputs)
+    for begin, blocks in chunks:
+        inward, outward = _transforms(blocks)
+        products_RO = _multiply(inward.of(lines_SC[begin:]), packed, outputs)
+        outputs_NO = outward.of(products_RO)
+        if bias_O is not None:
+            outputs_NO += bias_O
+        if len(chunks) == 1 and all(block.width == block.line for block in blocks):
+            lines_SO = outputs_NO  # they lie in order
+        else:
+            _place(outputs_NO, lines_SO[begin:], blocks)
+    counts = [one.shape[0] * one.shape[2] * one.shape[3] for one in maps_BCHW]
+    return [
+        part_NO.view(one.shape[0], *one.shape[2:], outputs).permute(0, 3, 1, 2)
+        for one, part_NO in zip(maps_BCHW, lines_SO.split_with_sizes(counts), strict=True)
     ]
-    targets = [source.new_empty(*source.shape[:3], outputs) for source in sources]
-    for blocks in _fill(sources, targets):
-        inputs_TPC = _transform(blocks, channels)
-        products_TPO = _multiply(inputs_TPC, packed, outputs)
-        first = 0
-        for block in blocks:
-            count = block.rows * block.columns
-            _finish(block, products_TPO[first : first + count], bias_O)
-            first += count
-    return [target.permute(0, 3, 1, 2) for target in targets]
 
 
 def forget(weight_OC33: Tensor) -> None:
@@ -85,8 +117,7 @@ def forget(weight_OC33: Tensor) -> None:
 
 def _filters(weight_OC33: Tensor) -> Tensor:
     """The transformed filters of a layer, from before if its weight is what it was."""
-    threads = torch.get_num_threads()  # oneDNN's order may depend on them
-    state = (weight_OC33.data_ptr(), weight_OC33._version, threads)
+    state = versions(weight_OC33)
     kept = _kept.get(weight_OC33)
     if kept is None or kept.state != state:
         _kept.pop(weight_OC33, None)  # the memory of the old ones, before that of the new
@@ -97,8 +128,6 @@ def _filters(weight_OC33: Tensor) -> Tensor:
 def _pack(weight_OC33: Tensor) -> Tensor:
     """Transforms filters, in float64, and brings them into oneDNN's order."""
     points = torch.tensor(FILTER, dtype=torch.float64)
-    # Those of the pairs are multiplied by their point, which _interpolate_back counts on.
-    points[1:5] *= torch.tensor(_SCALES, dtype=torch.float64)[:, None]
     outputs, channels = weight_OC33.shape[:2]
     filters = torch.einsum("ia,ocab,jb->ijoc", points, weight_OC33.double(), points)
     filters = F.pad(filters, (0, _aligned(channels) - channels))
@@ -114,140 +143,147 @@ def _aligned(channels: int) -> int:
     return -(-channels // ALIGNED) * ALIGNED
 
 
-def _fill(sources: list[Tensor], targets: list[Tensor]) -> Iterator[list[_Block]]:
-    """Blocks that have up to ``TILES`` tiles together, until all maps are covered."""
+def _lines(maps_BCHW: Sequence[Tensor], more: int) -> Tensor:
+    """All cells, image by image and map by map, with ``more`` channels of zeros."""
+    lines = [
+        map_BCHW.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).flatten(0, 2)
+        for map_BCHW in maps_BCHW
+    ]
+    lines_SC = lines[0] if len(lines) == 1 else torch.cat(lines)
+    return F.pad(lines_SC, (0, more)) if more else lines_SC
+
+
+def _chunks(sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, tuple[_Block, ...]]]:
+    """Cuts images into chunks of up to ``TILES`` tiles.
+
+    Yields:
+        The first cell that a chunk sees, and its blocks. Chunks of the same shape are equal,
+        wherever they lie.
+    """
     blocks: list[_Block] = []
-    room = TILES
-    for source_HWC, target_HWO in (
-        pair for maps in zip(sources, targets, strict=True) for pair in zip(*maps, strict=True)
-    ):
-        height, width = (-(-size // CELLS) for size in source_HWC.shape[:2])
-        step = -(-width // -(-width // MOST_COLUMNS))
+    room, first = TILES, 0
+    for height, width in sizes:
+        step = _columns(-(-width // CELLS)) * CELLS
         for left in range(0, width, step):
-            columns, top = min(step, width - left), 0
+            across, top = min(step, width - left), 0
+            columns = -(-across // CELLS)
             while top < height:
                 if room < columns:
-                    yield blocks
+                    yield _from_begin(blocks)
                     blocks, room = [], TILES
-                rows = min(room // columns, height - top)
-                blocks.append(
-                    _Block(source_HWC, target_HWO, top * CELLS, left * CELLS, rows, columns)
-                )
-                room -= rows * columns
-                top += rows
-    yield blocks
+                deep = min(room // columns * CELLS, height - top)
+                borders = (top > 0, top + deep < height, left > 0, left + across < width)
+                cell = first + top * width + left
+                blocks.append(_Block(cell, deep, across, width, *borders))
+                room -= -(-deep // CELLS) * columns
+                top += deep
+        first += height * width
+    yield _from_begin(blocks)
 
 
-def _transform(blocks: list[_Block], channels: int) -> Tensor:
-    """The transformed inputs of the blocks' tiles, zero in what is left, [TILES, P, C]."""
-    width = _aligned(channels)
-    inputs_TPC = blocks[0].source_HWC.new_empty(TILES, PLACES, width)
-    first = 0
+def _from_begin(blocks: Sequence[_Block]) -> tuple[int, tuple[_Block, ...]]:
+    """The first cell that blocks see, and them with their cells counted from there."""
+    begin = min(block.first - block.above * block.line - block.before for block in blocks)
+    return begin, tuple(block._replace(first=block.first - begin) for block in blocks)
+
+
+def _columns(tiles: int) -> int:
+    """The width of blocks: a row of tiles is cut into few parts, so that blocks fill products."""
+    fewest = -(-tiles // TILES)
+    widths = [-(-tiles // parts) for parts in range(fewest, fewest + 4)]
+    filled = [TILES // width * tiles / -(-tiles // width) / TILES for width in widths]
+    return next(
+        (width for width, part in zip(widths, filled, strict=True) if part > 0.9),
+        widths[filled.index(max(filled))],
+    )
+
+
+def _place(cells_NO: Tensor, lines_SO: Tensor, blocks: Sequence[_Block]) -> None:
+    """Writes a chunk's outputs where they belong."""
+    outputs, done = cells_NO.shape[1], 0
     for block in blocks:
-        rows, columns = block.rows, block.columns
-        seen_HWC = _cut(block, width)
-        across = seen_HWC.shape[1]
-        # For each row of tiles the six rows that it sees; two of them the next one sees too.
-        taps_XIN = seen_HWC.as_strided(
-            (rows, 6, across * width), (CELLS * across * width, across * width, 1)
+        size = (block.height, block.width, outputs)
+        part_NO = cells_NO[done : done + block.height * block.width]
+        lines_SO[block.first :].as_strided(size, (block.line * outputs, outputs, 1)).copy_(
+            part_NO.view(size)
         )
-        points_XIN = torch.bmm(_matrix(INPUT).expand(rows, 6, 6), taps_XIN)
-        halves_XIWC = points_XIN.view(rows, 6, across, width)
-        count = rows * columns
-        tiles_XYIJC = inputs_TPC[first : first + count].view(rows, columns, 6, 6, width)
-        last = CELLS * (columns - 1) + 1
-        _interpolate(
-            [halves_XIWC[:, :, tap : tap + last : CELLS] for tap in range(6)],
-            [place_XYIC.transpose(1, 2) for place_XYIC in tiles_XYIJC.unbind(3)],
-        )
-        first += count
-    inputs_TPC[first:].zero_()
-    return inputs_TPC
+        done += len(part_NO)
 
 
-def _cut(block: _Block, channels: int) -> Tensor:
-    """What the block's tiles see, with zeros around the map and in channels that it has not."""
-    height, width, present = block.source_HWC.shape
-    size = (CELLS * block.rows + 2, CELLS * block.columns + 2)
-    top, left = block.top - 1, block.left - 1
-    bottom, right = min(top + size[0], height), min(left + size[1], width)
-    above, before = max(-top, 0), max(-left, 0)
-    below, behind = bottom - top, right - left
-    seen_HWC = block.source_HWC.new_empty(*size, channels)
-    seen_HWC[:above].zero_()
-    seen_HWC[below:].zero_()
-    seen_HWC[above:below, :before].zero_()
-    seen_HWC[above:below, behind:].zero_()
-    inner_HWC = seen_HWC[above:below, before:behind]
-    inner_HWC[..., present:].zero_()
-    inner_HWC[..., :present].copy_(block.source_HWC[top + above : bottom, left + before : right])
-    return seen_HWC
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _transforms(blocks: tuple[_Block, ...]) -> tuple[_Sums, _Sums]:
+    """From the cells of a chunk to the places of its tiles, [R, C], and from these to its outputs.
+
+    A tile has up to 484 terms there and 324 back, of 8 bytes each: those of a chunk take 0.8 MB.
+    """
+    tiles = 0
+    inward, outward = [], []
+    for block in blocks:
+        inward.append(_inward(block))
+        outward.append(_outward(block, tiles))
+        tiles += len(inward[-1].counts) // PLACES
+    return _join(inward, spare=(TILES - tiles) * PLACES), _join(outward)
 
 
-def _interpolate(taps: list[Tensor], points: list[Tensor]) -> None:
-    """Six inputs in a line to their values at six points: Lavin's B, for our points."""
-    near, far = NEAR**2, FAR**2
-    even, odd = torch.empty_like(taps[0]), torch.empty_like(taps[0])
-    for point, other, plus, minus in ((NEAR, far, 1, 2), (FAR, near, 3, 4)):
-        torch.sub(taps[4], taps[2], alpha=other, out=even)
-        torch.sub(taps[3], taps[1], alpha=other, out=odd)
-        torch.add(even, odd, alpha=point, out=points[plus])
-        torch.sub(even, odd, alpha=point, out=points[minus])
-    for start, point in ((0, 0), (1, 5)):
-        torch.sub(taps[start + 4], taps[start + 2], alpha=near + far, out=points[point])
-        points[point].add_(taps[start], alpha=near * far)
+class _Terms(NamedTuple):
+    """The same as :class:`_Sums`, of a part."""
+
+    rows: Tensor
+    weights: Tensor
+    counts: Tensor  # of the terms of each sum
 
 
-def _matrix(rows: Sequence[Sequence[float]]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.float32)
+def _inward(block: _Block) -> _Terms:
+    """Lavin's B on both sides, without the cells beyond the border."""
+    taps = torch.arange(TILE) - 1
+    y_YK = CELLS * torch.arange(-(-block.height // CELLS))[:, None] + taps
+    x_XL = CELLS * torch.arange(-(-block.width // CELLS))[:, None] + taps
+    there_YK = (y_YK >= -int(block.above)) & (y_YK < block.height + int(block.below))
+    there_XL = (x_XL >= -int(block.before)) & (x_XL < block.width + int(block.behind))
+    matrix = torch.tensor(INPUT, dtype=torch.float32)
+    down_YIK, across_XJL = matrix * there_YK[:, None], matrix * there_XL[:, None]
+    cells_YXKL = block.first + y_YK[:, None, :, None] * block.line + x_XL[None, :, None]
+    return _terms(
+        cells_YXKL[:, :, None, None],
+        down_YIK[:, None, :, None, :, None] * across_XJL[None, :, None, :, None],
+    )
 
 
-def _multiply(inputs_TPC: Tensor, packed: Tensor, outputs: int) -> Tensor:
-    """At each place the product with the filters' channels, [T, P, O]."""
-    tiles = len(inputs_TPC)
-    line_1X1T = inputs_TPC.view(1, 1, tiles, -1).permute(0, 3, 1, 2)  # channels-last
+def _outward(block: _Block, tiles: int) -> _Terms:
+    """Lavin's A on both sides, row by row of the block; ``tiles`` come before."""
+    y_H, x_W = torch.arange(block.height), torch.arange(block.width)
+    tiles_HW = tiles + (y_H // CELLS)[:, None] * -(-block.width // CELLS) + x_W // CELLS
+    places_IJ = torch.arange(PLACES).view(TILE, TILE)
+    matrix = torch.tensor(OUTPUT, dtype=torch.float32)
+    down_HI, across_WJ = matrix[y_H % CELLS], matrix[x_W % CELLS]
+    return _terms(
+        tiles_HW[:, :, None, None] * PLACES + places_IJ,
+        down_HI[:, None, :, None] * across_WJ[None, :, None],
+    )
+
+
+def _terms(rows: Tensor, weights: Tensor) -> _Terms:
+    """Those that count of the sums over the last two dimensions."""
+    there = weights != 0
+    counts = there.sum(dim=(-2, -1)).flatten()
+    return _Terms(rows.expand_as(weights)[there], weights[there], counts)
+
+
+def _join(parts: Sequence[_Terms], spare: int = 0) -> _Sums:
+    """The sums of all parts, and ``spare`` sums of nothing."""
+    counts = F.pad(torch.cat([part.counts for part in parts]), (0, spare))
+    return _Sums(
+        torch.cat([part.rows for part in parts]).int(),
+        torch.cat([part.weights for part in parts]),
+        (counts.cumsum(0) - counts).int(),
+    )
+
+
+def _multiply(inputs_RC: Tensor, packed: Tensor, outputs: int) -> Tensor:
+    """At each place the product with the filters' channels, [R, O]."""
+    line_1X1T = inputs_RC.view(1, 1, TILES, -1).permute(0, 3, 1, 2)  # channels-last
     products_1X1T: Tensor = torch.ops.mkldnn._convolution_pointwise(
         line_1X1T, packed, None, [0, 0], [1, 1], [1, 1], PLACES, "none", [], ""
     )
-    return products_1X1T.permute(0, 2, 3, 1).reshape(tiles, PLACES, outputs)
-
-
-def _finish(block: _Block, products_TPO: Tensor, bias_O: Tensor | None) -> None:
-    """Writes a block's outputs from the products of its tiles."""
-    rows, columns, outputs = block.rows, block.columns, products_TPO.shape[-1]
-    tiles_XYIJO = products_TPO.view(rows, columns, 6, 6, outputs)
-    halves_XIYJO = tiles_XYIJO.new_empty(rows, 6, columns, CELLS, outputs)
-    _interpolate_back(
-        [place_XYIO.transpose(1, 2) for place_XYIO in tiles_XYIJO.unbind(3)],
-        list(halves_XIYJO.unbind(3)),
-    )
-    outputs_46 = _matrix(OUTPUT)
-    outputs_46[:, 1:5] /= torch.tensor(_SCALES)
-    whole_XIN = torch.bmm(outputs_46.expand(rows, CELLS, 6), halves_XIYJO.flatten(2))
-    whole_HWO = whole_XIN.view(rows * CELLS, columns * CELLS, outputs)
-    target_HWO = block.target_HWO[block.top :, block.left :]
-    target_HWO = target_HWO[: rows * CELLS, : columns * CELLS]
-    whole_HWO = whole_HWO[: len(target_HWO), : target_HWO.shape[1]]
-    if bias_O is None:
-        target_HWO.copy_(whole_HWO)
-    else:
-        torch.add(whole_HWO, bias_O, out=target_HWO)
-
-
-def _interpolate_back(points: list[Tensor], outputs: list[Tensor]) -> None:
-    """Products at six points to four outputs in a line: Lavin's A, for our points.
-
-    Those of a pair of points come multiplied by the point, so that the second output is a sum.
-    """
-    near, far = torch.empty_like(points[0]), torch.empty_like(points[0])
-    torch.add(points[1], points[2], out=near)
-    torch.add(points[3], points[4], out=far)
-    torch.add(points[0], near, alpha=1 / NEAR, out=outputs[0])
-    outputs[0].add_(far, alpha=1 / FAR)
-    torch.mul(far, FAR, out=outputs[2])
-    outputs[2].add_(near, alpha=NEAR)
-    torch.sub(points[1], points[2], out=near)
-    torch.sub(points[3], points[4], out=far)
-    torch.add(near, far, out=outputs[1])
-    torch.add(points[5], near, alpha=NEAR**2, out=outputs[3])
-    outputs[3].add_(far, alpha=FAR**2)
+    return products_1X1T.permute(0, 2, 3, 1).reshape(-1, outputs)

@@ -40,12 +40,9 @@ class BasicBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor, extent: Extent | None) -> Tensor:
         """Returns [B, width, H / stride, W / stride], zero beyond the extent."""
-        y_BCHW = self.bn1(self.conv1, x_BCHW)
-        y_BCHW = _clear(y_BCHW, extent, self.stride)
-        y_BCHW = self.bn2(self.conv2, F.relu_(y_BCHW))
-        y_BCHW += x_BCHW if self.downsample is None else self.downsample(x_BCHW)
-        y_BCHW = _clear(y_BCHW, extent, self.stride)
-        return F.relu_(y_BCHW)
+        past_BCHW = x_BCHW if self.downsample is None else self.downsample(x_BCHW)
+        y_BCHW = _norm_relu(self.bn1, self.conv1, x_BCHW, extent, self.stride)
+        return _norm_relu(self.bn2, self.conv2, y_BCHW, extent, self.stride, past_BCHW)
 
 
 class Bottleneck(nn.Module):
@@ -76,12 +73,11 @@ class Bottleneck(nn.Module):
 
     def forward(self, x_BCHW: Tensor, extent: Extent | None) -> Tensor:
         """Returns [B, 4 * width, H / stride, W / stride]."""
-        y_BCHW = self.bn1(self.conv1, x_BCHW)
-        y_BCHW = _clear(y_BCHW, extent, self.inner_stride)
-        y_BCHW = self.bn2(self.conv2, F.relu_(y_BCHW))
-        y_BCHW = self.bn3(self.conv3, F.relu_(y_BCHW))
-        y_BCHW += x_BCHW if self.downsample is None else self.downsample(x_BCHW)
-        return F.relu_(y_BCHW)
+        past_BCHW = x_BCHW if self.downsample is None else self.downsample(x_BCHW)
+        y_BCHW = _norm_relu(self.bn1, self.conv1, x_BCHW, extent, self.inner_stride)
+        y_BCHW = self.bn2(self.conv2, y_BCHW, relu=True)
+        total_BCHW: Tensor = self.bn3(self.conv3, y_BCHW, plus_BCHW=past_BCHW, relu=True)
+        return total_BCHW
 
 
 class Shortcut(nn.Sequential):
@@ -151,9 +147,9 @@ class ResNet(nn.Module):
 
     def forward(self, images_BCHW: Tensor, extent: Extent | None = None) -> list[Tensor]:
         """Returns the stages' maps, strides 4 to 32."""
-        x_BCHW: Tensor = self.bn1(self.conv1, images_BCHW)
-        x_BCHW = _clear(x_BCHW, extent, 2)  # zero acts as a border on what is not negative
-        x_BCHW = _clear(F.max_pool2d(F.relu_(x_BCHW), 3, 2, 1), extent, 4)
+        x_BCHW = _norm_relu(self.bn1, self.conv1, images_BCHW, extent, 2)
+        # Zero acts as a border on what is not negative.
+        x_BCHW = _clear(F.max_pool2d(x_BCHW, 3, 2, 1), extent, 4)
         maps = []
         for stage in self.stages():
             for block in stage.children():
@@ -199,6 +195,19 @@ class FeaturePyramid(nn.Module):
             maps.insert(0, _clear(self.fpn_convs[level](merged_BCHW), extent, STRIDES[level]))
         maps.append(F.max_pool2d(maps[-1], 1, 2))
         return maps
+
+
+def _norm_relu(
+    norm: nn.Module,
+    layer: nn.Conv2d,
+    x_BCHW: Tensor,
+    extent: Extent | None,
+    stride: int,
+    plus_BCHW: Tensor | None = None,
+) -> Tensor:
+    """A convolution with normalisation, sum and ReLU, of this stride, zero beyond the extent."""
+    y_BCHW: Tensor = norm(layer, x_BCHW, plus_BCHW=plus_BCHW, relu=extent is None)
+    return y_BCHW if extent is None else F.relu_(extent.clear(y_BCHW, stride))
 
 
 def _clear(map_BCHW: Tensor, extent: Extent | None, stride: int) -> Tensor:

@@ -48,13 +48,20 @@ class GridHead(nn.Module):
         self, maps: list[Tensor], extent: Extent | None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Class logits [B, K, grid, grid] and kernels [B, E, grid, grid] of each level."""
+        logits, towers = self.classes(maps, extent)
+        return logits, convolve_all(self.solo_kernel, towers)
+
+    def classes(
+        self, maps: list[Tensor], extent: Extent | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Class logits of each level, and the maps [B, C, grid, grid] that give its kernels."""
         kernels = self.grid_features(maps, extent)
         classes = [features_BCGG[:, :-2] for features_BCGG in kernels]
         for block in self.kernel_convs:
             kernels = block(kernels)
         for block in self.cate_convs:
             classes = block(classes)
-        return convolve_all(self.solo_cate, classes), convolve_all(self.solo_kernel, kernels)
+        return convolve_all(self.solo_cate, classes), kernels
 
     def grid_features(self, maps: list[Tensor], extent: Extent | None) -> list[Tensor]:
         """Each level's features and coordinates, x before y, resized to its grid."""

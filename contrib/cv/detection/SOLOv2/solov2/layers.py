@@ -9,7 +9,8 @@ pass over every activation, and the memory of one. And an image may be padded be
 needs (:class:`zoo_common.detection.extent.Extent`): what lies there counts in no mean, and is zero
 in front of every operator that looks at neighbours.
 
-Shape letters: B images, C channels, H W cells of a map, G groups.
+Shape letters: B images, C channels, H W cells of a map, S cells of all maps, M some of them,
+G groups.
 """
 
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from solov2 import fused
 from zoo_common import winograd
 from zoo_common.detection import ops
 from zoo_common.detection.extent import Extent
@@ -90,6 +92,30 @@ def convolve_all(layer: nn.Conv2d, maps: list[Tensor]) -> list[Tensor]:
     return [layer(map_BCHW) for map_BCHW in maps]
 
 
+def convolve_at(layer: nn.Conv2d, maps: list[Tensor], cells_BM: Tensor) -> Tensor:
+    """What a 3x3 ``layer`` of stride 1 computes at some cells, [B, M, outputs].
+
+    Args:
+        layer: the convolution.
+        maps: [B, channels, H, W], of any sizes.
+        cells_BM: int64, counted through all maps, each row by row.
+    """
+    lines = [map_BCHW.permute(0, 2, 3, 1).flatten(1, 2) for map_BCHW in maps]
+    zeros_B1C = torch.zeros_like(lines[0][:, :1])  # beyond the border
+    lines_BSC = torch.cat([*lines, zeros_B1C], dim=1)
+    windows, first, outside = [], 0, lines_BSC.shape[1] - 1
+    for map_BCHW in maps:
+        height, width = map_BCHW.shape[-2:]
+        cells_HW = torch.arange(first, first + height * width).view(height, width)
+        bordered_HW = F.pad(cells_HW, (1, 1, 1, 1), value=outside)
+        windows.append(bordered_HW.unfold(0, 3, 1).unfold(1, 3, 1).reshape(-1, 9))
+        first += height * width
+    seen_BX = torch.cat(windows)[cells_BM].flatten(1)
+    images_B1 = torch.arange(len(lines_BSC))[:, None]
+    taps_BMX = lines_BSC[images_B1, seen_BX].view(*cells_BM.shape, -1)
+    return F.linear(taps_BMX, layer.weight.permute(0, 2, 3, 1).flatten(1), layer.bias)
+
+
 class FixedBatchNorm(nn.BatchNorm2d):
     """Batch normalisation whose statistics are constants; its weights are trained.
 
@@ -99,19 +125,43 @@ class FixedBatchNorm(nn.BatchNorm2d):
     running_mean: Tensor
     running_var: Tensor
 
-    def forward(self, layer: nn.Conv2d, x_BCHW: Tensor) -> Tensor:  # type: ignore[override]
-        """The normalised output of ``layer``; it may be changed in place."""
+    def forward(  # type: ignore[override]
+        self,
+        layer: nn.Conv2d,
+        x_BCHW: Tensor,
+        *,
+        plus_BCHW: Tensor | None = None,
+        relu: bool = False,
+    ) -> Tensor:
+        """The normalised output of ``layer``, plus a map; it may be changed in place."""
+        if torch.is_grad_enabled():
+            fused.forget(layer)
+        sources = (layer.weight, self.weight, self.bias, self.running_mean, self.running_var)
+        if fused.suits(x_BCHW, layer, sources):
+            return fused.convolve(layer, x_BCHW, sources, lambda: self.fold(layer), plus_BCHW, relu)
+        y_BCHW = convolve(layer, x_BCHW, *self.fold(layer))
+        return fused.finish(y_BCHW, plus_BCHW, relu)
+
+    def fold(self, layer: nn.Conv2d) -> tuple[Tensor, Tensor]:
+        """Weight and bias of ``layer`` with the normalisation multiplied in."""
         scale_C = self.weight * (self.running_var + self.eps).rsqrt()
         shift_C = self.bias - self.running_mean * scale_C
-        return convolve(layer, x_BCHW, layer.weight * scale_C.view(-1, 1, 1, 1), shift_C)
+        return layer.weight * scale_C.view(-1, 1, 1, 1), shift_C
 
 
 class ConvGroupNorm(nn.GroupNorm):
     """Group normalisation in the place of :class:`FixedBatchNorm`."""
 
-    def forward(self, layer: nn.Conv2d, x_BCHW: Tensor) -> Tensor:  # type: ignore[override]
-        """The normalised output of ``layer``."""
-        return super().forward(layer(x_BCHW))
+    def forward(  # type: ignore[override]
+        self,
+        layer: nn.Conv2d,
+        x_BCHW: Tensor,
+        *,
+        plus_BCHW: Tensor | None = None,
+        relu: bool = False,
+    ) -> Tensor:
+        """The normalised output of ``layer``, plus a map."""
+        return fused.finish(super().forward(layer(x_BCHW)), plus_BCHW, relu)
 
 
 def norm(kind: str, channels: int) -> FixedBatchNorm | ConvGroupNorm:

@@ -17,7 +17,7 @@ from solov2.backbone import STRIDES, FeaturePyramid, ResNet
 from solov2.config import Config
 from solov2.data import Batch
 from solov2.heads import GridHead, MaskFeatures
-from solov2.layers import inside_of
+from solov2.layers import convolve_all, convolve_at, inside_of
 from solov2.loss import class_loss, mask_loss, take_rows, wide
 from solov2.matrix_nms import matrix_nms
 from zoo_common import device as devices
@@ -26,6 +26,12 @@ from zoo_common.detection.extent import Extent
 
 FLOAT32_INPUTS = ("boxes_BQ4", "centers_BQ2")
 """Fields of a batch that half precision must not touch: pixels need more than 8 bits."""
+
+FEW_CELLS = 8
+"""A CPU computes the kernels of candidates alone, if at most one of so many cells is one."""
+
+RATED = 16
+"""Masks that a CPU rates at a time."""
 
 
 class Detections(NamedTuple):
@@ -86,22 +92,36 @@ class SOLOv2(nn.Module):
         """Losses (float32 scalars by name) in training, detections in evaluation."""
         extent = Extent(batch.detection.extent_2) if self.static_shapes else None
         maps = self.neck(self.backbone(self.preprocess(batch.detection), extent), extent)
-        logits, kernels = self.bbox_head(maps, extent)
         features_BEHW = self.mask_feat_head(maps, extent)
         inside_HW = inside_of(extent, STRIDES[0], features_BEHW)
-        kernels_BSE = in_one_line(kernels)
         if self.training:
             assert batch.targets is not None
             assert batch.detection.masks_BQHW is not None
+            logits, kernels = self.bbox_head(maps, extent)
             targets, loss = batch.targets, self.config.loss
             masks_BQHW = batch.detection.masks_BQHW
             return {
                 "loss_ins": mask_loss(
-                    kernels_BSE, features_BEHW, masks_BQHW, targets, loss, inside_HW
+                    in_one_line(kernels), features_BEHW, masks_BQHW, targets, loss, inside_HW
                 ),
                 "loss_cate": class_loss(in_one_line(logits), targets.labels_BS, loss),
             }
-        return self.detect(self.candidates(logits), kernels_BSE, features_BEHW, inside_HW)
+        logits, towers = self.bbox_head.classes(maps, extent)
+        candidates = self.candidates(logits)
+        kernels_BME = self.kernels_at(candidates.cells_BM, towers)
+        return self.detect(candidates, kernels_BME, features_BEHW, inside_HW)
+
+    def is_free(self, tensor: Tensor) -> bool:
+        """Whether operators and shapes may depend on what is found, as on a CPU."""
+        return tensor.device.type == "cpu" and not self.static_shapes
+
+    def kernels_at(self, cells_BM: Tensor, towers: list[Tensor]) -> Tensor:
+        """The kernels of some cells, [B, M, E], from the maps that give all of them."""
+        layer = self.bbox_head.solo_kernel
+        count = sum(grid * grid for grid in self.config.head.grids)
+        if self.is_free(cells_BM) and cells_BM.shape[1] * FEW_CELLS <= count:
+            return convolve_at(layer, towers, cells_BM)
+        return take_rows(in_one_line(convolve_all(layer, towers)), cells_BM)
 
     def candidates(self, logits: list[Tensor]) -> Candidates:
         """The cells and classes that may be objects.
@@ -129,20 +149,25 @@ class SOLOv2(nn.Module):
     def detect(
         self,
         candidates: Candidates,
-        kernels_BSE: Tensor,
+        kernels_BME: Tensor,
         features_BEHW: Tensor,
         inside_HW: Tensor | None,
     ) -> Detections:
         """Draws the candidates' masks, rates them by these, and thins them out by matrix NMS."""
         test = self.config.test
         height, width = features_BEHW.shape[-2:]
-        pairs_BME = take_rows(kernels_BSE, candidates.cells_BM)
-        drawn_BMN = wide(pairs_BME @ features_BEHW.flatten(2)).sigmoid_()
+        drawn_BMN = wide(kernels_BME @ features_BEHW.flatten(2)).sigmoid_()
         if inside_HW is not None:
             drawn_BMN = drawn_BMN * inside_HW.flatten()
-        masks_BMN = drawn_BMN > test.mask_thr
-        areas_BM = masks_BMN.sum(dim=2).to(drawn_BMN.dtype)
-        sure_BM = (drawn_BMN * masks_BMN).sum(dim=2) / areas_BM.clamp(min=1)
+        if not self.is_free(drawn_BMN):
+            rated = _rate(drawn_BMN, test.mask_thr)
+        else:  # a few at a time, which stay in the caches
+            parts = [
+                _rate(drawn_BMN[:, first : first + RATED], test.mask_thr)
+                for first in range(0, drawn_BMN.shape[1], RATED)
+            ]
+            rated = tuple(torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        masks_BMN, areas_BM, sure_BM = rated
         real_BM = (candidates.scores_BM > 0) & (areas_BM > self.strides_of(candidates.cells_BM))
         scores_BM = torch.where(real_BM, candidates.scores_BM * sure_BM, 0.0)
 
@@ -194,6 +219,14 @@ class SOLOv2(nn.Module):
             )
         ]
         return torch.stack(planes, dim=1).to(weight.dtype)
+
+
+def _rate(drawn_BMN: Tensor, threshold: float) -> tuple[Tensor, ...]:
+    """Masks, bool [B, M, N], their areas, and the mean probability in each, [B, M]."""
+    masks_BMN = drawn_BMN > threshold
+    areas_BM = masks_BMN.sum(dim=2).to(drawn_BMN.dtype)
+    sure_BM = (drawn_BMN * masks_BMN).sum(dim=2) / areas_BM.clamp(min=1)
+    return masks_BMN, areas_BM, sure_BM
 
 
 def in_one_line(levels: list[Tensor]) -> Tensor:
