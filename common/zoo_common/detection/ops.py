@@ -5,7 +5,7 @@ Which code does the work is decided here alone, by the device of the tensors:
 ========= ======================= ============================= ====================
 device    nms                     roi_align                     deform_conv2d
 ========= ======================= ============================= ====================
-cpu       torchvision, set by set own, as matrix products       torchvision
+cpu       torchvision, set by set own, as matrix products       ``deform_bags``
 cuda      torchvision, set by set torchvision, level by level   torchvision
 any other ``ops_reference``       ``ops_reference``             ``ops_reference``
 ========= ======================= ============================= ====================
@@ -37,6 +37,7 @@ import torch
 import torchvision  # type: ignore[import-untyped]
 from torch import Tensor
 
+from zoo_common.detection import deform_bags
 from zoo_common.detection import ops_reference as reference
 
 Implementation = Literal["cpu", "cuda", "reference"]
@@ -188,8 +189,11 @@ def deform_conv2d(
         images, offset, weight = (x.to(dtype) for x in (images_BCHW, offset, weight))
         bias = None if bias is None else bias.to(dtype)
         mask = None if mask is None else mask.to(dtype)
-        if _implementation(device) == "reference":
+        way = _implementation(device)
+        if way == "reference":
             output = reference.deform_conv2d(images, offset, weight, bias, mask, settings)
+        elif way == "cpu":
+            output = deform_bags.deform_conv2d(images, offset, weight, bias, mask, settings)
         else:
             output = torchvision.ops.deform_conv2d(
                 images, offset, weight, bias, *settings, mask=mask
