@@ -54,7 +54,7 @@ def remove(file: str) -> Callable[[Path], object]:
 
 RECORD = '{"status": "completed", "run": "x", "note": %s}'
 CASES = {
-    "large file": (write("notes.bin", "x" * 4_000_001), "notes.bin: has 4.0 MB"),
+    "large file": (write("notes.bin", "x" * 5_000_001), "notes.bin: has 5.0 MB"),
     "long file": (write("tools/long.py", "x = 1\n" * 701), "tools/long.py: has 701 lines"),
     "long function": (
         write("tools/long.py", "def work():\n" + "    x = 1\n" * 80),

@@ -42,6 +42,7 @@ def taking(name: str, *dtypes: str) -> SimpleNamespace:
         ("aten::smooth_l1_loss_backward", ["float32", "bfloat16"], "computed in float32"),
         ("aten::native_batch_norm", ["float16", "float16", "float16"], "statistics"),
         ("aten::native_batch_norm", ["bfloat16", "float32", "float32"], "functional.batch_norm"),
+        ("aten::native_batch_norm_backward", ["float16"] * 3, "statistics"),
         ("aten::isposinf", ["float32"], "copies to the host"),
         ("aten::sort.stable", ["bool"], "torch.sort"),
         ("aten::bmm", ["int64", "int64"], "torch.bmm"),
@@ -62,6 +63,7 @@ def test_a_format_that_the_rules_refuse(
         ("aten::nll_loss_forward", ["float32", "int64"]),
         ("aten::bmm", ["bfloat16", "bfloat16"]),  # left out by the newer documents
         ("aten::native_batch_norm", ["float16", "float32", "float32", "float32", "float32"]),
+        ("aten::native_batch_norm_backward", ["float16"] * 2 + ["float32"] * 5),
         ("aten::threshold_backward", ["bfloat16", "bfloat16"]),  # of relu
         ("aten::as_strided", ["bfloat16"]),  # computes nothing
         ("aten::add.Tensor", ["int64", "int64"]),

@@ -103,11 +103,18 @@ RULES = (
         OUR_RULES,
     ),
     Rule(
-        ("aten::native_batch_norm*", "aten::batch_norm_gather_stats*", "aten::batch_norm_elemt*"),
+        ("aten::native_batch_norm", "aten::batch_norm_gather_stats*", "aten::batch_norm_elemt*"),
         frozenset({"float32"}),
         "statistics of batch normalisation are float32",
         OUR_RULES,
         arguments=(1, 2, 3, 4),
+    ),
+    Rule(
+        ("aten::native_batch_norm_backward",),  # behind a gradient and what was normalised
+        frozenset({"float32"}),
+        "statistics of batch normalisation are float32",
+        OUR_RULES,
+        arguments=(2, 3, 4, 5, 6),
     ),
     Rule(
         (

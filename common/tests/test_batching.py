@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from zoo_common import device
-from zoo_common.data import Damaged
+from zoo_common.damage import Damaged
 from zoo_common.detection.batching import (
     Collate,
     DetectionBatch,
@@ -133,10 +133,14 @@ def test_sides_without_quarters_are_refused() -> None:
 def test_a_batch_goes_to_its_device_whole_but_for_the_ids() -> None:
     batch = collate(entry(1, 40, 70, 5), entry(2, 40, 70), quarter_masks=True).to(DEVICE)
     assert batch.rings_BQE is not None and batch.rings_BQE.dtype == torch.int64
-    moved = [value for value in batch if isinstance(value, torch.Tensor)]
-    assert len(moved) == 12
-    assert [t.device.type for t in moved].count(DEVICE.type) >= 11
-    assert batch.image_ids_B.device.type == "cpu"
+    places = {
+        name: value.device.type
+        for name, value in batch._asdict().items()
+        if isinstance(value, torch.Tensor)
+    }
+    stay = ("image_ids_B", "numbers_B", "flipped_B", "draws_B")
+    assert {places.pop(name) for name in stay} == {"cpu"}
+    assert list(places.values()) == [DEVICE.type] * 11
     without = collate(entry(1, 40, 70, 5), masks=False).to(DEVICE)
     assert without.edges_BQE4 is None and without.masks_BQHW is None
 
@@ -148,7 +152,7 @@ def test_parts_of_a_batch_hold_its_images_in_order(masks: bool) -> None:
     parts = batch.chunk(2)
     assert [part.item_ids for part in parts] == [["0.jpg", "1.jpg"], ["2.jpg", "3.jpg"]]
     per_image = ("images_BCHW", "sizes_B2", "boxes_BQ4", "valid_BQ", "edges_BQE4", "image_ids_B")
-    for name in (*per_image, "masks_BQHW", "centers_BQ2"):
+    for name in (*per_image, "masks_BQHW", "centers_BQ2", "numbers_B", "flipped_B", "draws_B"):
         values = [getattr(part, name) for part in parts]
         whole = getattr(batch, name)
         if whole is None:

@@ -226,7 +226,7 @@ def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
     np.random.seed(3)
     np.random.randn()  # leaves half of a pair behind
     torch.rand(3, device=DEVICE)
-    rng = checkpoint.saved_rng_state(checkpoint.rng_state(DEVICE))
+    rng = checkpoint.as_tensors(checkpoint.rng_state(DEVICE))
     checkpoint.save(tmp_path / "c.pth", {"model": {}, "rng": rng})
     draws = draw()
     checkpoint.set_rng_state(checkpoint.load(tmp_path / "c.pth")["rng"], DEVICE)

@@ -17,7 +17,8 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from zoo_common.detection import coco_cache, coco_json
+from zoo_common.cache_files import Stamp
+from zoo_common.detection import coco_json
 from zoo_common.detection.coco import CocoIndex, open_index
 from zoo_common.detection.masks import decode_rle
 from zoo_common.errors import UserError
@@ -475,12 +476,12 @@ def test_a_changed_file_is_read_again(
 
 
 def test_a_coarse_clock_hides_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def coarse(status: os.stat_result) -> coco_cache._Stamp:
+    def coarse(status: os.stat_result) -> Stamp:
         tick = 2_000_000_000
         times = (time // tick * tick for time in (status.st_mtime_ns, status.st_ctime_ns))
-        return coco_cache._Stamp(status.st_size, *times)
+        return Stamp(status.st_size, *times)
 
-    monkeypatch.setattr(coco_cache._Stamp, "of", coarse)
+    monkeypatch.setattr(Stamp, "of", coarse)
     content = data_set(thing()) | {"categories": [{"id": n, "name": "car"} for n in (3, 8)]}
     path = write(tmp_path / "a.json", content)
     assert label_of_first(open_index(path, None)) == 0

@@ -21,11 +21,9 @@ import torch
 from PIL import Image
 
 from zoo_common import device
+from zoo_common.damage import Damaged, DamagedItems
 from zoo_common.data import (
     BatchStream,
-    Damaged,
-    DamagedImageError,
-    DamagedItems,
     Draw,
     Normalize,
     Pixels,
@@ -34,12 +32,12 @@ from zoo_common.data import (
     build_eval_loader,
     build_loader,
     kept_rng,
-    read_image,
     seed_rng,
     shard,
 )
 from zoo_common.errors import UserError
 from zoo_common.imagenet import IMAGENET_MEAN, IMAGENET_STD, FolderIndex, build_index
+from zoo_common.images import DamagedImageError, decode_image, read_image
 
 DEVICE = device.resolve(os.environ.get("ZOO_TEST_DEVICE", "cpu"))
 
@@ -326,6 +324,7 @@ def test_every_kind_of_image_comes_as_rgb(tmp_path: Path, name: str) -> None:
     expected = Image.open(path).convert("RGB")
     assert image.size == expected.size
     assert np.array_equal(np.asarray(image), np.asarray(expected))
+    assert decode_image(GOOD_FILES[name]) == image
 
 
 def test_transparency_of_a_palette_is_dropped_without_a_warning(tmp_path: Path) -> None:
@@ -356,8 +355,9 @@ def test_damage_of_every_kind_has_a_reason(
         path.write_bytes(BAD_FILES.get(name, GOOD_FILES["exif"]))
     if name == "too large":
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(DamagedImageError, match=r"\w+"):
+    with pytest.raises(DamagedImageError, match=r"\w+") as caught:
         read_image(str(path))
+    assert "object at 0x" not in str(caught.value)
 
 
 # ---------------------------------------------------------------------------- damage

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from zoo_common.data import BatchStream, Damaged, StepSampler
+from zoo_common.damage import Damaged
+from zoo_common.data import BatchStream, StepSampler
 from zoo_common.detection.batching import DetectionBatch, StaticShapes, suggest_buckets
 from zoo_common.detection.coco import CocoIndex, open_index
 from zoo_common.detection.loading import GroupedSampler, build_eval_stream, build_train_stream
@@ -199,7 +200,7 @@ def test_batches_have_one_orientation(index: CocoIndex) -> None:
 
 def test_an_item_is_the_file_resized_and_flipped_with_its_objects(index: CocoIndex) -> None:
     flips = 0
-    shorts = set()
+    shorts, draws = set(), set()
     for batch in train(index, total_steps=60, batch_size=1, exact_resize=True):
         (height, width), original = (
             batch.sizes_B2[0].tolist(),
@@ -215,6 +216,10 @@ def test_an_item_is_the_file_resized_and_flipped_with_its_objects(index: CocoInd
         flipped = not np.array_equal(found, expected)
         assert np.array_equal(found[:, ::-1] if flipped else found, expected)
         flips += flipped
+        assert batch.flipped_B is not None and batch.flipped_B.tolist() == [flipped]
+        assert batch.numbers_B is not None and batch.numbers_B.tolist() == [number]
+        assert batch.draws_B is not None
+        draws.add(int(batch.draws_B))
         scale = np.array([width / original[1], height / original[0]] * 2)
         boxes = index.objects(number).boxes_N4[~index.objects(number).crowd_N] * scale
         if flipped:
@@ -230,6 +235,7 @@ def test_an_item_is_the_file_resized_and_flipped_with_its_objects(index: CocoInd
         np.testing.assert_allclose(corners.amax(dim=1), boxes[:, 2:], rtol=1e-5)
     assert shorts == {32, 40, 48}
     assert 15 < flips < 45
+    assert len(draws) == 60
 
 
 def test_images_without_objects_are_left_out_or_background(index: CocoIndex) -> None:
@@ -298,8 +304,11 @@ def test_quarter_masks_and_centres_are_those_of_the_item(index: CocoIndex) -> No
 def test_quarter_masks_are_the_same_in_any_worker_and_process(index: CocoIndex) -> None:
     assert take(masked(index, workers=2), 4) == take(masked(index), 4)
     plain = take(train(index, masks=False), 4)
+    at = DetectionBatch._fields.index("masks_BQHW")  # and the centres after it
     for with_masks, without in zip(take(masked(index), 4), plain, strict=True):
-        assert with_masks[:-2] == without[:-2] and without[-2:] == [None, None]
+        assert [with_masks.pop(at), with_masks.pop(at)] != [None, None]
+        assert [without.pop(at), without.pop(at)] == [None, None]
+        assert with_masks == without
 
 
 def test_objects_of_which_the_resize_leaves_no_pixel_are_dropped(tmp_path: Path) -> None:

@@ -91,6 +91,8 @@ def check_gather_is_exact_and_in_order() -> None:
 
 def check_broadcast_and_barrier() -> None:
     assert distributed.broadcast_object({"from": rank()}, src=2) == {"from": 2}
+    for_each = [f"{rank()} for {other}" for other in range(WORLD_SIZE)] if rank() == 1 else []
+    assert distributed.scatter_objects(for_each, src=1) == f"1 for {rank()}"
     started = time.monotonic()
     if rank() == 1:
         time.sleep(0.3)
@@ -170,6 +172,11 @@ def check_buffers() -> None:
     with_statistics[1].running_mean.fill_(rank() + 1.0)
     wrapped.eval()(torch.zeros(1, 2, device=DEVICE))
     assert with_statistics[1].running_mean.tolist() == [1.0, 1.0], "rank 0's statistics"
+    with_statistics[1].has_shared_statistics = True
+    wrapped = distributed.wrap(with_statistics, DEVICE)
+    with_statistics[1].running_mean.fill_(rank())
+    wrapped(torch.zeros(1, 2, device=DEVICE))
+    assert with_statistics[1].running_mean.tolist() == [rank()] * 2, "the same by itself"
     constant = nn.Linear(2, 2).to(DEVICE)
     zeros = torch.zeros(1, 2, device=DEVICE)
     constant.register_buffer("table", torch.full((2, 3), float(rank()), device=DEVICE).t())
@@ -337,6 +344,7 @@ def test_single_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     assert distributed.gather_results([1, 2]) == [1, 2]
     assert distributed.gather_results([1], to="main") == [1]
     assert distributed.broadcast_object("x") == "x"
+    assert distributed.scatter_objects(["x"]) == "x"
     distributed.barrier()
     model = make_model()
     assert distributed.wrap(model, CPU) is model

@@ -318,6 +318,15 @@ COCO = (
 )
 
 
+YFCC = (
+    "val_official.json",
+    "yfcc15m_clean_open_data.json",
+    "yfcc15m_clean_open_data/0/1.jpg",
+    "yfcc15m_clean_open_data/0/2.jpg",
+    "imagenet_valid/ILSVRC2012_val_00000001.JPEG",
+)
+
+
 def looked_at(path: Path | str) -> Line:
     (line,) = dataset.data(here(data_path=str(path)))
     return line
@@ -334,6 +343,10 @@ def test_data_sets_are_recognised_and_counted(
     assert coco.text.endswith("train2017 2 pictures, val2017 1 pictures")
     classes = plant(tmp_path / "i", "train/a/1.jpg", "train/b/2.jpg", "val/a/3.jpg", "val/b/4.jpg")
     assert looked_at(classes).text.endswith("train 2 pictures, val 2 pictures")
+    captioned = looked_at(plant(tmp_path / "y", *YFCC))
+    assert captioned.text.endswith("yfcc15m_clean_open_data 2 pictures, imagenet_valid 1 pictures")
+    shards = plant(tmp_path / "s", "00.tar", "01.tar")
+    assert looked_at(f"{shards}/{{00..01}}.tar").text == "2 shards"
     monkeypatch.setattr(dataset, "_COUNT_S", -1.0)
     short = looked_at(classes)
     assert short.status == "note" and "at least" in short.text
@@ -346,6 +359,10 @@ def test_data_sets_that_are_not_whole(tmp_path: Path) -> None:
     assert "annotations/instances_val2017.json" in half.advice.split("\n", 1)[1]
     lonely = looked_at(plant(tmp_path / "lonely", "val/a/1.jpg"))
     assert lonely.text.startswith("looks like imagenet, but ")
+    unlabelled = looked_at(plant(tmp_path / "y", *YFCC[1:]))
+    assert unlabelled.text.startswith("looks like yfcc, but ")
+    lost = looked_at(f"{tmp_path}/{{00..01}}.tar")
+    assert lost.status == "problem" and "2 of the 2 shards" in lost.text
     other = looked_at(plant(tmp_path / "other", "pictures/1.jpg"))
     assert "none of the known layouts" in other.text
     assert "coco:" in other.advice and "imagenet:" in other.advice

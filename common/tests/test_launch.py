@@ -294,6 +294,44 @@ def test_two_machines_form_one_run_and_resume_it(toy: Path, free_port: int) -> N
         torch.testing.assert_close(weights_of(output)[key], value, rtol=0, atol=0)
 
 
+def test_each_rank_has_its_own_parts_back(toy: Path, free_port: int) -> None:
+    """Two processes, then three, then two on each of two machines."""
+
+    def parts() -> list[float]:
+        file = toy / "test" / "output" / "0" / "checkpoints" / "last.pth"
+        saved = torch.load(file, weights_only=True)["rank_parts"]
+        return [part["recent"]["mean"].item() for part in saved]
+
+    assert launch(toy, "train_2p", "--steps=4").returncode == 0
+    first, second = parts()
+    assert first != second
+    # No step is left, so what was read is written again.
+    words = ["--processes=3", "--steps=4", "--resume"]
+    done = launch(toy, "train_2p", *words)
+    assert done.returncode == 0, done.stderr
+    assert parts() == [first, second, first]
+    assert "rank r of 3 has recent of rank r modulo 2" in done.stdout
+    words = ["train_2p", "--steps=4", "--resume", "--nnodes=2", f"--master_port={free_port}"]
+    words += ["--master_addr=127.0.0.1"]
+    other = subprocess.Popen(command(*words, "--node_rank=1"), cwd=toy, stdout=subprocess.DEVNULL)
+    done = launch(toy, *words, "--node_rank=0")
+    assert done.returncode == 0, done.stderr
+    assert other.wait(timeout=60) == 0
+    assert parts() == [first, second, first, first]
+
+
+def test_a_checkpoint_without_a_ranks_parts_is_told(toy: Path) -> None:
+    assert launch(toy, "train_1p", "--steps=2").returncode == 0
+    file = toy / "test" / "output" / "0" / "checkpoints" / "last.pth"
+    content = torch.load(file, weights_only=True)
+    del content["rank_parts"]  # as runs wrote them before there were such parts
+    older = toy / "older.pth"
+    torch.save(content, older)
+    done = launch(toy, "train_1p", "--steps=4", "--resume=older.pth")
+    assert done.returncode == 2
+    assert "older.pth holds no state of recent: was it switched on?" in done.stderr
+
+
 def test_a_signal_on_one_machine_stops_the_run_on_both(toy: Path, free_port: int) -> None:
     words = ["train_1p", "--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={free_port}"]
     words += ["--local_addr=127.0.0.1", "--steps=400", "fault.step_time_s=0.2"]

@@ -49,6 +49,17 @@ def test_steps_and_scores_are_kept_and_shown(tmp_path: Path, capsys) -> None:
     assert board.Scalars("evaluation/top1")[0].step == 20
 
 
+def test_what_a_model_watches_is_kept_and_shown(tmp_path: Path, capsys) -> None:
+    log = RunLog(tmp_path, writes=True)
+    log.step(replace(RECORD, values={"warmth": 4.5}))
+    log.close()
+    assert lines(tmp_path / "metrics.jsonl")[0]["values"] == {"warmth": 4.5}
+    assert "lr 1.000e-03  warmth 4.5000  grad 2.00" in capsys.readouterr().out
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert board.Scalars("train/warmth")[0].value == 4.5
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     log = RunLog(tmp_path / "out", writes=False)
     log.step(RECORD)

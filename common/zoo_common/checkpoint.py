@@ -15,7 +15,7 @@ import copy
 import os
 import pickle
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -96,19 +96,50 @@ def _on_cpu(node: Any, moved: dict[object, Tensor]) -> Any:
         node: plain containers and tensors.
         moved: what was moved already, so that tied weights are written once and stay tied.
     """
-    if isinstance(node, Tensor) and node.device.type != "cpu":
-        key = (node.data_ptr(), node.dtype, node.shape, node.stride(), node.device)
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.device.type == "cpu":
+            return leaf
+        key = (leaf.data_ptr(), leaf.dtype, leaf.shape, leaf.stride(), leaf.device)
         if key not in moved:
-            moved[key] = node.detach().cpu()
+            moved[key] = leaf.detach().cpu()
         return moved[key]
+
+    return _with_leaves(node, move)
+
+
+def _with_leaves(node: Any, change: Callable[[Any], Any]) -> Any:
+    """A copy of plain containers with every leaf changed."""
     if isinstance(node, dict):
         held = copy.copy(node)  # a state_dict has an attribute with its modules' versions
         for name, value in node.items():
-            held[name] = _on_cpu(value, moved)
+            held[name] = _with_leaves(value, change)
         return held
     if isinstance(node, (list, tuple)):
-        return type(node)(_on_cpu(value, moved) for value in node)
-    return node
+        return type(node)(_with_leaves(value, change) for value in node)
+    return change(node)
+
+
+def as_arrays(node: Any) -> Any:
+    """A copy of plain containers with NumPy arrays for tensors, to travel between processes.
+
+    Arrays do so by plain pickling: a tensor would go through torch.save, of which torch_npu has
+    its own that warns.
+    """
+
+    def change(leaf: Any) -> Any:
+        return leaf.detach().cpu().numpy() if isinstance(leaf, Tensor) else leaf
+
+    return _with_leaves(node, change)
+
+
+def as_tensors(node: Any) -> Any:
+    """What :func:`as_arrays` was given, on the CPU, as :func:`save` wants it."""
+
+    def change(leaf: Any) -> Any:
+        return torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf
+
+    return _with_leaves(node, change)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -227,9 +258,7 @@ def select(
 def rng_state(device: torch.device) -> dict[str, Any]:
     """The state of every generator that a training step draws from.
 
-    Numbers are NumPy arrays, which travel between processes by plain pickling: a tensor would go
-    through torch.save, of which torch_npu has its own that warns. :func:`saved_rng_state` is what
-    a checkpoint holds.
+    Numbers are NumPy arrays, see :func:`as_arrays`; a checkpoint holds them :func:`as_tensors`.
     """
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = cast(Any, np.random.get_state())
@@ -243,15 +272,8 @@ def rng_state(device: torch.device) -> dict[str, Any]:
     return state
 
 
-def saved_rng_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`rng_state` took, with tensors for arrays, as :func:`save` wants it."""
-    kind, keys, *rest = state["numpy"]
-    arrays = {name: torch.from_numpy(state[name]) for name in ("torch", "device") if name in state}
-    return {**state, **arrays, "numpy": [kind, torch.from_numpy(keys), *rest]}
-
-
 def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Puts back what :func:`saved_rng_state` gave."""
+    """Puts back what :func:`rng_state` gave, as tensors."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]

@@ -10,13 +10,11 @@ Shape letters: B images, C channels (RGB), H W pixels, D numbers that a transfor
 
 from __future__ import annotations
 
-import io
-import logging
 import os
 import random
 import struct
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -24,27 +22,16 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
+from zoo_common.damage import Damaged, DamagedItems, DamagedShare
 from zoo_common.data_workers import WorkerInit, check_shared_memory
 from zoo_common.errors import UserError
-
-_log = logging.getLogger(__name__)
+from zoo_common.images import DamagedImageError, read_image
 
 _CPU = torch.device("cpu")
-_NAMES_SHOWN = 10
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What makes an image upright, by EXIF orientation."""
 
 
 # ---------------------------------------------------------------------------- order
@@ -216,13 +203,6 @@ class Pixels(NamedTuple):
 Transform = Callable[[Image.Image], Pixels]
 
 
-class Damaged(NamedTuple):
-    """An image that cannot be read, and why."""
-
-    item_id: str
-    reason: str
-
-
 class AnyBatch(Protocol):
     """What a stream needs to know of a batch."""
 
@@ -296,47 +276,6 @@ class Normalize(nn.Module):
     def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Returns float32 [B, C, H, W], a new tensor."""
         return images_BCHW.to(torch.float32).sub_(self.mean_C11).div_(self.std_C11)
-
-
-class DamagedImageError(Exception):
-    """An image file that cannot be opened or decoded; the message is the reason."""
-
-
-def read_image(path: str, *, upright: bool = False) -> Image.Image:
-    """Reads and decodes an image file as RGB; alpha is dropped.
-
-    Args:
-        path: The file.
-        upright: Apply the EXIF orientation, if there is one.
-
-    Raises:
-        DamagedImageError: It cannot be opened or decoded.
-    """
-    try:
-        with open(path, "rb") as file:  # noqa: PTH123 - Path() costs as much as the read
-            image: Image.Image = Image.open(io.BytesIO(file.read()))
-        if upright:
-            image = _upright(image)
-        if image.mode == "P" and "transparency" in image.info:
-            # Straight to RGB, Pillow would warn; the colours are the same.
-            image = image.convert("RGBA")
-        if image.mode != "RGB":
-            return image.convert("RGB")
-        image.load()
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
-        raise DamagedImageError(" ".join(str(error).split()) or type(error).__name__) from error
-    return image
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    image.load()
-    try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # an EXIF block that cannot be read says nothing of the picture
-        return image
-    return image if turn is None else image.transpose(turn)
 
 
 class ImageItems:
@@ -453,40 +392,6 @@ class EvalItems(_LabelledItems):
         return self._batch(pixels, kept, damaged)
 
 
-class DamagedItems:
-    """Counts and names the damaged images of a run, each file once, up to a limit.
-
-    Args:
-        limit: How many damaged images one process accepts.
-        what: What is done with one, for the log: ``replaced`` or ``left out``.
-    """
-
-    def __init__(self, limit: int, what: str) -> None:
-        self.limit = limit
-        self.found: dict[str, str] = {}
-        self._what = what
-
-    def add(self, items: Iterable[Damaged]) -> None:
-        """Counts and logs those that are new.
-
-        Raises:
-            UserError: There are more than the limit; the message lists them.
-        """
-        for item_id, reason in items:
-            if item_id not in self.found:
-                self.found[item_id] = reason
-                _log.warning("damaged image %s: %s (%s)", self._what, item_id, reason)
-        if len(self.found) <= self.limit:
-            return
-        shown = [f"{name} ({reason})" for name, reason in self.found.items()][:_NAMES_SHOWN]
-        more = len(self.found) - len(shown)
-        names = ", ".join(shown) + (f" and {more} more" if more else "")
-        raise UserError(
-            f"{len(self.found)} images are damaged, more than the {self.limit} that are allowed: "
-            f"{names}; restore or remove these files, or allow more with max_damaged"
-        )
-
-
 # ---------------------------------------------------------------------------- loading
 
 
@@ -530,7 +435,7 @@ class BatchStream(Generic[AnyBatchT]):
         self,
         items: Items[AnyBatchT],
         batches: StepSampler | BatchSampler,
-        damaged: DamagedItems,
+        damaged: DamagedItems | DamagedShare,
         *,
         workers: int,
         prefetch_factor: int,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import os
 import shutil
 import signal
@@ -40,6 +41,9 @@ class WorkerInit:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._on_terminate)
+        # A collection writes to every object it looks at: of those that were there at the fork,
+        # each worker would get a copy of its own.
+        gc.freeze()
 
     def _on_terminate(self, number: int, frame: types.FrameType | None) -> None:
         if self._closed.value:

@@ -298,6 +298,24 @@ def broadcast_object(value: Item, src: int = 0) -> Item:
     return box[0]  # type: ignore[no-any-return]
 
 
+def scatter_objects(values: Sequence[Item], src: int = 0) -> Item:
+    """This rank's own of the values that rank ``src`` gives, one for each; pickled on the way.
+
+    Args:
+        values: in order of rank; what the other ranks give does not matter.
+        src: the rank that gives.
+
+    Raises:
+        TrainingError: another process is gone.
+    """
+    if _world_size() == 1:
+        return values[0]
+    box: list[Any] = [None]
+    with _with_others():
+        dist.scatter_object_list(box, list(values) if dist.get_rank() == src else None, src=src)
+    return box[0]  # type: ignore[no-any-return]
+
+
 def barrier() -> None:
     """Waits until every process has come here; the device's queue is not waited for.
 
@@ -329,7 +347,8 @@ def wrap(
         bucket_mb: size of the pieces that gradients travel in, in MiB; torch's default is 25.
         sync_buffers: send rank 0's buffers in every forward pass; by default only when the model
             has batch norms with statistics of their own, since constant buffers (anchors, position
-            indices) are the same everywhere.
+            indices) are the same everywhere. A layer whose ``has_shared_statistics`` is true says
+            that its are the same too.
 
     Returns:
         The wrapped model; the model itself in a single process or with nothing to train.
@@ -355,7 +374,7 @@ def wrap(
 
 def _has_own_statistics(module: nn.Module) -> bool:
     """Whether a layer keeps running statistics that differ between the processes."""
-    if isinstance(module, nn.SyncBatchNorm):
+    if isinstance(module, nn.SyncBatchNorm) or getattr(module, "has_shared_statistics", False):
         return False
     is_norm = isinstance(module, nn.modules.batchnorm._NormBase)
     return is_norm and module.running_mean is not None

@@ -130,7 +130,8 @@ def places(data_path: Path | None, model_directory: Path | None = None) -> list[
     around = [data_path, data_path.parent] if data_path else []
     around += [place / "pretrained" for place in around]
     if model_directory:
-        around += [model_directory, model_directory / "data" / "pretrained"]
+        within = (".", "data/pretrained", "pretrain")  # as on the cards
+        around += [model_directory / name for name in within]
     around += [Path.cwd(), _cache()]
     return list(dict.fromkeys(place.absolute() for place in around))
 

@@ -74,6 +74,8 @@ def _launch(model: Model, name: str, spec: RunSpec, words: list[str]) -> int:
     if run.resume == "last" and config.launch.node_rank == 0:
         preflight.check_checkpoint_file(directory / "checkpoints" / "last.pth", "--resume")
     preflight.check_data(spec, config)
+    if model.check_files is not None:
+        model.check_files(config, spec.kind)
     preflight.fetch_weights(model, config)
     place = preflight.place(spec, config)
     run.device = place.device

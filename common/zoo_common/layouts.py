@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from zoo_common import digits, imagenet, sample
+from zoo_common import digits, imagenet, sample, yfcc
 from zoo_common.errors import UserError
+from zoo_common.shard_names import expand, is_pattern
+from zoo_common.trees import file_problems, find_tree, folder_problems
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,18 @@ class CocoFiles:
 _COCO_NAMES = ("coco2017", "coco")
 """Names of the directory that the cards and the original zoo's scripts put below the path."""
 
-TREES = {"imagenet": imagenet.EXPECTED_TREE, "coco": CocoFiles().tree()}
+TREES = {
+    "imagenet": imagenet.EXPECTED_TREE,
+    "coco": CocoFiles().tree(),
+    "yfcc": yfcc.EXPECTED_TREE,
+}
 """What a directory must look like, for messages."""
+
+_DRAWN_AS = {"grounding": "coco"}
+"""Layouts of the sample data set with more in them than the tree of this name asks for."""
 
 MADE = ("sample", "digits")
 """Words for ``--data_path`` that mean a data set made here."""
-
-_LEVELS_TRIED = 100
 
 Progress = Callable[[int, int], None]
 
@@ -47,16 +54,19 @@ def resolve(
     path: str,
     progress: Progress | None = None,
     coco_files: CocoFiles | None = None,
+    yfcc_parts: yfcc.Parts | None = None,
 ) -> Path:
     """The directory that ``--data_path`` means, made where it is the word of a made data set.
 
     Args:
-        layout: a key of :data:`TREES`.
+        layout: a key of :data:`TREES`, or ``grounding``: that of ``coco``, whose drawn data set
+            has grounded captions too.
         path: a directory, or ``sample`` (drawn shapes) or ``digits`` (scikit-learn's
             handwritten digits).
         progress: called with (pictures done, pictures in all) while a set is made.
         coco_files: what the ``coco`` layout must hold, if not COCO 2017's files. Where all are
             absolute, ``path`` may be empty.
+        yfcc_parts: what a run of the ``yfcc`` layout reads, if not all.
 
     Returns:
         The directory of the layout's tree, which can be one level below ``path``.
@@ -64,6 +74,7 @@ def resolve(
     Raises:
         UserError: no path given, or the directory is not laid out as the card says.
     """
+    drawn, layout = layout, _DRAWN_AS.get(layout, layout)
     files = coco_files or CocoFiles()
     complete = all(Path(part).is_absolute() for part in astuple(files) if part)
     if not path and not (layout == "coco" and complete):
@@ -73,7 +84,7 @@ def resolve(
             f"{files.tree() if layout == 'coco' else TREES[layout]}"
         )
     if path == "sample":
-        directory = sample.make(layout=layout, progress=progress)
+        directory = sample.make(layout=drawn, progress=progress)
     elif path == "digits":
         if layout != "imagenet":
             raise UserError(f"--data_path=digits has no {layout} layout: use --data_path=sample.")
@@ -82,8 +93,51 @@ def resolve(
         directory = Path(path)
     if layout == "coco":
         return check_coco(directory, files)
+    if layout == "yfcc":
+        return yfcc.check_tree(directory, yfcc_parts)
     imagenet.check_tree(directory)
     return directory
+
+
+def resolve_yfcc(
+    path: str, val_path: str, parts: yfcc.Parts, progress: Progress | None = None
+) -> tuple[str, str]:
+    """What ``--data_path`` and ``data.val_path`` mean in the ``yfcc`` layout.
+
+    Args:
+        path: as in :func:`resolve`, or shards of training pictures: a pattern
+            (``shards/{000000..001499}.tar``), or a directory that ``zoo_common.shard_names``
+            takes for one of shards.
+        val_path: where the validation part is, if not in ``path``; shards hold none.
+        parts: what the run reads.
+        progress: called with (pictures done, pictures in all) while a set is made.
+
+    Returns:
+        Both, ready to be read: the shards as they were given, directories of the tree. The second
+        is empty if it was not given.
+
+    Raises:
+        UserError: shards are missing, a directory is not laid out as the card says, or a run
+            with shards has no validation part.
+    """
+    sharded = is_pattern(path)
+    if sharded:
+        if parts.train:
+            expand(path)
+        if parts.val and not val_path:
+            raise UserError(
+                f"--data_path={path} are shards, which hold no validation pictures: give "
+                "data.val_path=DIR with the validation part of the tree below, or switch "
+                f"evaluation off.\n{yfcc.EXPECTED_TREE}"
+            )
+    if val_path:
+        # It can hold the vocabulary too, which a run without evaluation needs.
+        held_out = yfcc.Parts(train=False, val=parts.val)
+        val_path = str(resolve("yfcc", val_path, progress, yfcc_parts=held_out))
+    if not sharded and (parts.train or not val_path):
+        rest = yfcc.Parts(parts.train, parts.val and not val_path)
+        path = str(resolve("yfcc", path, progress, yfcc_parts=rest))
+    return path, val_path
 
 
 def check_coco(path: str | Path, files: CocoFiles | None = None) -> Path:
@@ -101,60 +155,14 @@ def check_coco(path: str | Path, files: CocoFiles | None = None) -> Path:
         UserError: a part is not there, is empty or cannot be read. The message says which, and
             prints the expected tree.
     """
-    files = files or CocoFiles()
-    root = Path(path).expanduser()
-    try:
-        levels = [root, *(root / name for name in _COCO_NAMES)]
-        problems = {level: _coco_problems(level, files) for level in levels}
-        best = min(levels, key=lambda level: len(problems[level]))
-        if not problems[best]:
-            return best
-        problem = _explain_coco(root, best, problems[best], files)
-    except OSError as error:
-        problem = f"'{error.filename}' cannot be read ({error.strerror}); check its permissions"
-    raise UserError(f"{problem}. Expected:\n{files.tree()}")
+    wanted = files or CocoFiles()
 
+    def problems(root: Path) -> list[str]:
+        found: list[str] = []
+        for name in (wanted.train_json, wanted.val_json):
+            found += file_problems(root, name) if name else []
+        for name in (wanted.train_images, wanted.val_images):
+            found += folder_problems(root, name) if name else []
+        return found
 
-def _coco_problems(root: Path, files: CocoFiles) -> list[str]:
-    """What is wrong with each part."""
-    problems = []
-    for name in (files.train_json, files.val_json):
-        if name is None:
-            continue
-        file = root / name
-        if not file.exists():
-            problems.append(f"no {name}")
-        elif not file.is_file() or not file.stat().st_size:
-            problems.append(f"{name}, which is {'empty' if file.is_file() else 'no file'}")
-    for name in (files.train_images, files.val_images):
-        if name is None:
-            continue
-        directory = root / name
-        if not directory.is_dir():
-            what = f"{name}, which is no directory" if directory.exists() else f"no {name}"
-            problems.append(what)
-        elif next(directory.iterdir(), None) is None:
-            problems.append(f"{name}, which is empty")
-    return problems
-
-
-def _explain_coco(root: Path, best: Path, problems: list[str], files: CocoFiles) -> str:
-    if not root.exists():
-        return f"data path '{root}' does not exist; give the directory of the data set"
-    if not root.is_dir():
-        return f"data path '{root}' is a file; give the directory that holds the data set"
-    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    if not any(root.iterdir()):
-        return f"data path '{root}' is empty; put the data set there or give another path"
-    problem = f"data path '{best}' holds {', '.join(problems)}"
-    parent = root.resolve().parent
-    for level in (parent, parent.parent):
-        if not _coco_problems(level, files):
-            return f"{problem}; the data set begins higher up, so give '{level}'"
-    for name in names[:_LEVELS_TRIED]:
-        if not _coco_problems(root / name, files):
-            return f"{problem}; the data set lies one level below, so give '{root / name}'"
-    archives = sorted(entry.name for entry in best.iterdir() if entry.suffix == ".zip")
-    if archives:
-        return f"{problem}; unpack {', '.join(archives)} there"
-    return f"{problem}; put what is missing there or give another path"
+    return find_tree(path, _COCO_NAMES, problems, wanted.tree())

@@ -15,9 +15,11 @@ from typing import Any
 import psutil
 from rich.progress import Progress
 
-from zoo_common import download, layouts, pickles
+from zoo_common import download, layouts, pickles, yfcc
 from zoo_common.errors import UserError
 from zoo_common.runs import Model, RunSpec
+
+_COCO_LAYOUTS = ("coco", "grounding")
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,13 @@ def check_data(spec: RunSpec, config: Any) -> None:
         def show(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total, visible=True)
 
-        files = _coco_files(spec, config.data) if spec.layout == "coco" else None
-        config.data.path = str(layouts.resolve(spec.layout, config.data.path, show, files))
+        if spec.layout == "yfcc":
+            data = config.data
+            parts = _yfcc_parts(spec, config.evaluate)
+            data.path, data.val_path = layouts.resolve_yfcc(data.path, data.val_path, parts, show)
+        else:
+            files = _coco_files(spec, config.data) if spec.layout in _COCO_LAYOUTS else None
+            config.data.path = str(layouts.resolve(spec.layout, config.data.path, show, files))
     if Path(config.data.path).resolve().is_relative_to(Path(config.run.output_dir).resolve()):
         raise UserError(
             f"--data_path={config.data.path} lies in --output_dir={config.run.output_dir}, which "
@@ -113,6 +120,13 @@ def _coco_files(spec: RunSpec, data: Any) -> layouts.CocoFiles:
         data.val_json,
         data.val_images,
     )
+
+
+def _yfcc_parts(spec: RunSpec, evaluate: Any) -> yfcc.Parts:
+    """What a run reads of captioned pictures and of ImageNet's validation pictures."""
+    if spec.kind == "eval":
+        return yfcc.Parts(train=False)
+    return yfcc.Parts(val=bool(evaluate.every or evaluate.at_end))
 
 
 def check_weights(model: Model, config: Any) -> None:

@@ -69,7 +69,10 @@ class TrainState(Generic[Batch]):
         data: the training data; its position is ``step``.
         global_batch: images of a step over all ranks.
         total_steps: steps of the whole run.
-        parts: what else has a state, by name (``ema``, ...).
+        parts: what else has a state, by name (``ema``, ...), the same on every rank.
+        rank_parts: what has a state of its own on each rank, by name. A checkpoint holds all of
+            them: rank 0 has twice as much as all ranks together in memory while it writes one,
+            and on one machine every rank reads all of them when it resumes.
         step: finished steps; in the loop's body, the number of the step under way.
         best: best score so far.
     """
@@ -79,11 +82,12 @@ class TrainState(Generic[Batch]):
     global_batch: int
     total_steps: int
     parts: dict[str, Stateful] = field(default_factory=dict)
+    rank_parts: dict[str, Stateful] = field(default_factory=dict)
     step: int = 0
     best: float | None = None
 
     def stateful(self) -> dict[str, Stateful]:
-        """All that has a state beside the weights, by its name in a checkpoint."""
+        """What has a state that all ranks share, beside the weights, by its checkpoint's name."""
         return {"precision": self.precision, **self.parts}
 
     @property
@@ -168,7 +172,7 @@ class Run:
         path = self.resume_file
         if path is None:
             return
-        content = self._load_everywhere(path)
+        content, own_parts = self._load_everywhere(path)
         if "step" not in content or "parts" not in content:
             raise UserError(
                 f"--resume: {path} holds weights only, not the state of a run: "
@@ -176,25 +180,44 @@ class Run:
             )
         weights, _ = checkpoint.select(content["model"], state.precision.model, path)
         state.precision.load_model_state_dict(weights)
-        for name, part in state.stateful().items():
-            if name not in content["parts"]:
-                raise UserError(f"--resume: {path} holds no state of {name}: was it switched on?")
-            part.load_state_dict(content["parts"][name])
+        for parts, saved in (
+            (state.stateful(), content["parts"]),
+            (state.rank_parts, own_parts),
+        ):
+            for name, part in parts.items():
+                if name not in saved:
+                    raise UserError(
+                        f"--resume: {path} holds no state of {name}: was it switched on?"
+                    )
+                part.load_state_dict(saved[name])
         state.step, state.best = content["step"], content["best"]
-        if len(content["rng"]) == self.processes.world_size:
+        ranks = len(content["rng"])
+        if ranks == self.processes.world_size:
             checkpoint.set_rng_state(content["rng"][self.processes.rank], self.device)
         else:
             devices.seed_everything(self.config.run.seed + state.step, self.processes.rank)
             self.say("resumed with another number of ranks: random numbers start anew")
+            for name in state.rank_parts:
+                self.say(
+                    f"rank r of {self.processes.world_size} has {name} of rank r modulo {ranks}"
+                )
         self._log.continue_from(state.step)
         self.say(f"resumed from {path.name} at step {state.step}")
 
-    def _load_everywhere(self, path: Path) -> dict[str, Any]:
-        """A checkpoint on every rank; of several machines only the first needs the file."""
-        if self.processes.nnodes == 1:
-            return checkpoint.load(path)
-        content = checkpoint.load(path) if self.processes.is_main else {}
-        return distributed.broadcast_object(content)
+    def _load_everywhere(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A checkpoint on every rank, and this rank's own parts of it.
+
+        Of several machines only the first needs the file; a rank is sent no other rank's parts.
+        """
+        one_machine = self.processes.nnodes == 1
+        content = checkpoint.load(path) if one_machine or self.processes.is_main else {}
+        saved = content.pop("rank_parts", [{}])
+        if one_machine:
+            return content, saved[self.processes.rank % len(saved)]
+        ranks = range(self.processes.world_size)
+        content = distributed.broadcast_object(content)
+        parts = [checkpoint.as_arrays(saved[rank % len(saved)]) for rank in ranks]
+        return content, checkpoint.as_tensors(distributed.scatter_objects(parts))
 
     def steps(self, state: TrainState[Batch]) -> Iterator[Batch]:
         """The batches of the run, one a step, until the last one or a signal.
@@ -259,8 +282,17 @@ class Run:
             self._losses.check()
         return torch.stack(list(losses.values())).sum()
 
-    def log(self, state: TrainState[Any], lr: float) -> None:
-        """Records the step when it is the run's first or last, or ``run.log_every`` says so."""
+    def log(
+        self, state: TrainState[Any], lr: float, values: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Records the step when it is the run's first or last, or ``run.log_every`` says so.
+
+        Args:
+            state: the training state.
+            lr: learning rate of the step.
+            values: numbers on the device that the record shall hold too, by name; they are read
+                when the step is recorded.
+        """
         assert self._clock is not None
         first = state.step == self._first_step
         if not (first or state.done or state.step % self.config.run.log_every == 0):
@@ -286,6 +318,7 @@ class Run:
             loss_scale=precision.loss_scale,
             skipped_steps=precision.skipped_steps,
             time=time.time(),
+            values={name: float(value.detach()) for name, value in (values or {}).items()},
         )
         self._log.step(record)
         self._result["final_loss"] = record.loss
@@ -302,7 +335,10 @@ class Run:
         """
         with self._paused():
             self._losses.check()
-            rng = distributed.gather_results([checkpoint.rng_state(self.device)])
+            own = {name: part.state_dict() for name, part in state.rank_parts.items()}
+            ranks = distributed.gather_results(
+                [(checkpoint.rng_state(self.device), checkpoint.as_arrays(own))], to="main"
+            )
             if self.processes.is_main:
                 content = {
                     "format": checkpoint.FORMAT,
@@ -311,7 +347,8 @@ class Run:
                     "epoch": state.epoch,
                     "best": state.best,
                     "parts": {name: part.state_dict() for name, part in state.stateful().items()},
-                    "rng": [checkpoint.saved_rng_state(state) for state in rng],
+                    "rng": [checkpoint.as_tensors(rng) for rng, _ in ranks],
+                    "rank_parts": [checkpoint.as_tensors(parts) for _, parts in ranks],
                     "config": to_yaml(self.config),
                 }
                 checkpoint.save(self.checkpoints / "last.pth", content)

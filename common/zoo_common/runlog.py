@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class StepRecord:
         loss_scale: factor on the loss, 1 without scaling.
         skipped_steps: optimizer steps skipped for float16 overflow, since the start.
         time: Unix time.
+        values: what else the model watches, as it is on rank 0 after the step.
     """
 
     step: int
@@ -53,6 +54,7 @@ class StepRecord:
     loss_scale: float
     skipped_steps: int
     time: float
+    values: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -175,6 +177,7 @@ class RunLog:
             "grad_norm": record.grad_norm,
             "loss_scale": record.loss_scale,
             **{f"loss/{name}": value for name, value in record.losses.items()},
+            **record.values,
         }
         self._show("train", scalars, record.step)
         self.say(format_step(record))
@@ -228,6 +231,7 @@ def format_step(record: StepRecord) -> str:
     if len(record.losses) > 1:
         parts += [f"{name} {value:.4f}" for name, value in record.losses.items()]
     parts.append(f"lr {record.lr:.3e}")
+    parts += [f"{name} {value:.4f}" for name, value in record.values.items()]
     if record.grad_norm is not None and math.isfinite(record.grad_norm):
         parts.append(f"grad {record.grad_norm:.2f}")
     if record.loss_scale != 1:

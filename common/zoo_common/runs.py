@@ -81,6 +81,9 @@ class Model:
     config, the number of processes on all machines, and the run's kind."""
     their_configs: Mapping[str, str] = field(default_factory=dict)
     """The original's Python configs by file name, and the file here that has the recipe of each."""
+    check_files: Callable[[Any, str], None] | None = None
+    """Tells, before anything starts, what a run needs beside its data set and has not, from the
+    config, whose data set was found, and the run's kind."""
 
     def run(self, name: str) -> RunSpec:
         """The run of that name.
@@ -173,4 +176,5 @@ def load(directory: Path) -> Model:
         module.CARD_OPTIONS,
         getattr(module, "check", None),
         getattr(module, "THEIR_CONFIGS", {}),
+        getattr(module, "check_files", None),
     )

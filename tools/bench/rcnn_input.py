@@ -33,11 +33,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from zoo_common.data import BatchStream, read_image
+from zoo_common.data import BatchStream
 from zoo_common.detection.batching import DetectionBatch
 from zoo_common.detection.coco import CocoIndex, open_index
 from zoo_common.detection.loading import build_train_stream
 from zoo_common.detection.transforms import resize_image
+from zoo_common.images import read_image
 
 WIDTH, HEIGHT = 640, 480
 MIN_SIZES, MAX_SIZE = (640, 672, 704, 736, 768, 800), 1333

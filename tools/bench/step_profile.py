@@ -85,7 +85,7 @@ class TrainStep:
         return {
             "forward": forward - start,
             "backward": backward - forward,
-            "SGD": end - backward,
+            type(self.optimizer).__name__: end - backward,
             "whole step": end - start,
         }
 

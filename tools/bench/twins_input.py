@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from photographs import HEIGHT, WIDTH, draw_photographs
 from PIL import Image
 from timm.data import auto_augment, create_dataset, create_loader
 from timm.data.transforms import RandomResizedCropAndInterpolation
@@ -36,10 +37,9 @@ from twins.data import (
     rand_augment,
     resize,
 )
-from zoo_common.data import read_image
 from zoo_common.imagenet import build_index
+from zoo_common.images import read_image
 
-WIDTH, HEIGHT = 500, 375
 SIZE = 224
 
 Stage = tuple[str, Callable[[], object], Callable[[], object]]
@@ -58,7 +58,7 @@ def main() -> None:
     mend_posterize()
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        size = draw_images(root / "train" / "class", options.images)
+        size = draw_photographs(root / "train" / "class", options.images)
         print(f"{options.images} JPEGs of {WIDTH} x {HEIGHT}, {size / 1024:.0f} KB on average")
         rates, ratio = compare(root, options.batch_size, options.rounds)
         print_stages(root, *rates)
@@ -187,29 +187,6 @@ def fastest(call: Callable[[], object], repeats: int = 7) -> float:
         call()
         best = min(best, time.process_time() - begin)
     return best
-
-
-def draw_images(directory: Path, count: int) -> float:
-    """Draws JPEGs of quality 90 whose amplitude falls with frequency, as in photographs.
-
-    Returns:
-        Their mean size in bytes.
-    """
-    directory.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    frequency = np.hypot(np.fft.fftfreq(HEIGHT)[:, None], np.fft.rfftfreq(WIDTH)[None])
-    amplitude = np.where(frequency > 0, np.maximum(frequency, 1e-9) ** -1.2, 0)
-    total = 0
-    for number in range(count):
-        noise = rng.standard_normal((3, *frequency.shape, 2)) @ np.array([1, 1j])
-        fields = np.fft.irfft2(noise * amplitude, s=(HEIGHT, WIDTH))
-        light, warm, green = fields / fields.std(axis=(1, 2), keepdims=True)
-        channels = [light + 0.35 * warm, light - 0.2 * warm + 0.1 * green, light - 0.35 * warm]
-        pixels = np.stack(channels, axis=-1) * 48 + rng.uniform(90, 150)
-        path = directory / f"{number:04}.jpg"
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
-        total += path.stat().st_size
-    return total / count
 
 
 def mend_posterize() -> None:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zoo_common.data import Damaged
+from zoo_common.damage import Damaged
 from zoo_common.detection.transforms import Sample, shortest_edge_size
 from zoo_common.errors import UserError
 
@@ -55,6 +55,11 @@ class DetectionBatch(NamedTuple):
             at this size. None when they are not asked for.
         centers_BQ2: float32, x and y of each mask's centre of mass at the image's full size, in
             pixels, of which the first is at 0; 0 in empty slots. None together with those masks.
+        numbers_B: int64, the place of each image in its data set; this and the next two are for
+            what a model adds where batches are made, and stay in host memory.
+        flipped_B: bool, which images have left and right turned around.
+        draws_B: int64, a random number for each image of a training batch, from the generator of
+            its other draws; 0 in evaluation.
     """
 
     images_BCHW: Tensor
@@ -72,6 +77,9 @@ class DetectionBatch(NamedTuple):
     ring_slots: int
     masks_BQHW: Tensor | None = None
     centers_BQ2: Tensor | None = None
+    numbers_B: Tensor | None = None
+    flipped_B: Tensor | None = None
+    draws_B: Tensor | None = None
 
     def to(self, device: torch.device) -> DetectionBatch:
         """The batch with all but the image ids on a device; does not wait if it is pinned."""
@@ -127,12 +135,14 @@ class StaticShapes:
 
 
 class Entry(NamedTuple):
-    """One image of a batch to be."""
+    """One image of a batch to be, with its place in the data set and a random number."""
 
     sample: Sample
     original: Size
     image_id: int
     item_id: str
+    number: int = 0
+    draw: int = 0
 
 
 def round_up(value: int, divisibility: int) -> int:
@@ -238,6 +248,9 @@ class Collate:
             ring_slots=self._ring_slots(samples),
             masks_BQHW=masks_BQHW,
             centers_BQ2=centers_BQ2,
+            numbers_B=torch.tensor([entry.number for entry in entries], dtype=torch.int64),
+            flipped_B=torch.tensor([sample.flipped for sample in samples], dtype=torch.bool),
+            draws_B=torch.tensor([entry.draw for entry in entries], dtype=torch.int64),
         )
 
     def extent(self, sizes: Sequence[Size]) -> Size:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from zoo_common.detection import coco_json
 from zoo_common.detection.coco_cache import Arrays, Mapped, open_cached
 from zoo_common.detection.masks import polygons_to_edges, rle_to_edges
 from zoo_common.errors import UserError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # Python's own has none before 3.11
 
 _MISSING = "missing_images"
 _NO_OUTLINES = "no_outlines"
@@ -90,16 +93,7 @@ def open_index(
         directory=cache,
     )
     index = CocoIndex(mapped, annotations, images, masks, range(len(mapped.arrays["image_ids"])))
-    if images is None:
-        return index
-    present = _are_present(mapped.arrays, images)
-    missing = np.flatnonzero(~present)
-    if len(missing) and (not allow_missing or not present.any()):
-        raise UserError(
-            f"{len(missing)} of the {len(index)} images of {annotations} are missing, the first is "
-            f"{index.path(int(missing[0]))}; add them, or take them out of the JSON."
-        )
-    return replace(index, _numbers=np.flatnonzero(present).tolist()) if len(missing) else index
+    return index if images is None else index.with_files(images, allow_missing=allow_missing)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +111,26 @@ class CocoIndex:
 
     def __len__(self) -> int:
         return len(self._numbers)
+
+    def with_files(self, images: Path, *, allow_missing: bool = False) -> Self:
+        """The index of the whole JSON with the directory of its images, which must be there.
+
+        Args:
+            images: the directory.
+            allow_missing: leave images without a file out instead of refusing them.
+
+        Raises:
+            UserError: images are missing.
+        """
+        index = replace(self, images=images)
+        present = _are_present(self._arrays, images)
+        missing = np.flatnonzero(~present)
+        if len(missing) and (not allow_missing or not present.any()):
+            raise UserError(
+                f"{len(missing)} of the {len(index)} images of {self.annotations} are missing, the "
+                f"first is {index.path(int(missing[0]))}; add them, or take them out of the JSON."
+            )
+        return replace(index, _numbers=np.flatnonzero(present).tolist()) if len(missing) else index
 
     @property
     def _arrays(self) -> Arrays:

@@ -9,13 +9,10 @@ they can, its SHA-256 where they cannot.
 from __future__ import annotations
 
 import errno
-import fcntl
-import glob
 import hashlib
 import json
 import mmap
 import os
-import secrets
 import struct
 import time
 import zlib
@@ -28,21 +25,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from zoo_common import sample
+from zoo_common.cache_files import Stamp, alone, cache_places, temporary_name
 from zoo_common.errors import UserError
 
 Arrays = dict[str, NDArray[Any]]
 
-_ENDING = ".zoo-cache"
-_FOLDER = "annotation-caches"
 _MAGIC = b"ZOOARRAY"
 _PREAMBLE = struct.Struct("<8sQQ")  # magic, bytes of the header, the header's CRC
 _ALIGNMENT = 64
-_MARK_BYTES = 6  # random bytes in a temporary name
-# A file changed twice within one tick of its file system's clock can keep its time of change.
-# Whole seconds are a sign of a coarse clock (2 s on FAT); the kernel's own tick is up to 10 ms.
-_COARSE_TICK_NS = 2_000_000_000
-_FINE_TICK_NS = 50_000_000
 
 
 class Built(NamedTuple):
@@ -68,28 +58,10 @@ class Mapped:
         return _reopen, (self.path, self.fingerprint)
 
 
-class _Stamp(NamedTuple):
-    """What the file system says of a file without reading it."""
-
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> _Stamp:
-        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-
-    def is_settled(self, read_at_ns: int) -> bool:
-        """Whether a change after ``read_at_ns`` would certainly have shown in the times."""
-        coarse = self.mtime_ns % 1_000_000_000 == 0
-        tick = _COARSE_TICK_NS if coarse else _FINE_TICK_NS
-        return read_at_ns - max(self.mtime_ns, self.ctime_ns) > tick
-
-
 class _Source(NamedTuple):
     """A source's content and what was known of it when it was read."""
 
-    stamp: _Stamp
+    stamp: Stamp
     settled: bool
     sha256: str
     data: bytes
@@ -115,7 +87,7 @@ def open_cached(
     Raises:
         UserError: the source cannot be read or changes meanwhile, or no cache can be written.
     """
-    finder = _Finder(source, version, _places(source, directory))
+    finder = _Finder(source, version, cache_places(source, directory))
     found = finder.find()
     if found is not None:
         return found
@@ -123,7 +95,7 @@ def open_cached(
     for place in finder.places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with _alone(place):
+            with alone(place):
                 # Another process may have built it while this one waited.
                 found = finder.find()
                 if found is None:
@@ -137,20 +109,6 @@ def open_cached(
     )
 
 
-def _places(source: Path, directory: Path | None) -> list[Path]:
-    absolute = source.absolute()
-    mark = hashlib.sha256(os.fsencode(absolute)).hexdigest()[:16]
-    apart = f"{source.name}-{mark}{_ENDING}"
-    if directory is not None:
-        return [directory / apart]
-    root = sample.default_root()
-    elsewhere = root / _FOLDER / apart
-    # What the zoo made itself is known to be whole by the number of its files.
-    if absolute.is_relative_to(root):
-        return [elsewhere]
-    return [absolute.with_name(source.name + _ENDING), elsewhere]
-
-
 class _Finder:
     """Looks for a valid cache in the places where there can be one; reads the source once."""
 
@@ -162,7 +120,7 @@ class _Finder:
 
     def find(self) -> Mapped | None:
         with _readable(self._path):
-            stamp = _Stamp.of(self._path.stat())
+            stamp = Stamp.of(self._path.stat())
         for place in self.places:
             header = _read_header(place)
             if header is None or header["version"] != self._version:
@@ -185,11 +143,11 @@ class _Finder:
         """The source as it is now: read again only if its stamp has changed."""
         with _readable(self._path), self._path.open("rb") as stream:
             begin = time.time_ns()
-            stamp = _Stamp.of(os.fstat(stream.fileno()))
+            stamp = Stamp.of(os.fstat(stream.fileno()))
             if self._source is not None and self._source.stamp == stamp:
                 return self._source
             data = stream.read()
-            after = _Stamp.of(os.fstat(stream.fileno()))
+            after = Stamp.of(os.fstat(stream.fileno()))
         if after != stamp or len(data) != stamp.size:
             raise UserError(f"{self._path} changes while it is read; start again when it is whole.")
         sha256 = hashlib.sha256(data).hexdigest()
@@ -200,8 +158,8 @@ class _Finder:
         """Notes the source's new times, so that the next opening need not read it."""
         source = self.read()
         if source.settled:
-            with suppress(OSError), _alone(place, wait=False) as alone:
-                if alone:
+            with suppress(OSError), alone(place, wait=False) as held:
+                if held:
                     _write(place, Built(mapped.arrays, mapped.facts), source, self._version)
 
 
@@ -235,7 +193,7 @@ def _write(place: Path, built: Built, source: _Source, version: str) -> None:
     }
     text = json.dumps(header).encode()
     text += b" " * (-(_PREAMBLE.size + len(text)) % _ALIGNMENT)
-    temporary = place.with_name(f".{place.name}.{secrets.token_hex(_MARK_BYTES)}")
+    temporary = temporary_name(place)
     try:
         with temporary.open("xb") as stream:
             stream.write(_PREAMBLE.pack(_MAGIC, len(text), zlib.crc32(text)) + text)
@@ -325,42 +283,3 @@ def _readable(path: Path) -> Iterator[None]:
         raise UserError(
             f"{path} cannot be read ({error.strerror or error}); give an annotations file that can."
         ) from error
-
-
-@contextmanager
-def _alone(place: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Holds the lock of a cache that is written, and clears what killed writers left.
-
-    Yields:
-        Whether the lock is held. It is not where the file system has no locks (several may write
-        at once then; the last one's file stays), or where another holds it and ``wait`` is False.
-    """
-    path = place.with_name(f".{place.name}.lock")
-    while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = True
-        except OSError:
-            locked = False
-        # A writer deletes its lock's file when it is done; who waited then starts over.
-        if not locked or _is_same_file(lock, path):
-            break
-        os.close(lock)
-    try:
-        if locked:
-            for left in place.parent.glob(f".{glob.escape(place.name)}.{'?' * 2 * _MARK_BYTES}"):
-                left.unlink(missing_ok=True)
-        yield locked
-    finally:
-        if locked:
-            with suppress(OSError):
-                path.unlink()
-        os.close(lock)
-
-
-def _is_same_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False

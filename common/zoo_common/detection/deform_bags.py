@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from zoo_common.detection.ops_reference import Convolution
+from zoo_common.detection.ops_reference import Convolution, corners_and_shares
 
 
 def deform_conv2d(
@@ -107,49 +107,6 @@ def take_samples(
     samples_BLKC = bags.view(batch, moving, -1, taps, channels // moving).permute(0, 2, 3, 1, 4)
     split = samples_BLKC.reshape(-1, taps, groups, channels // groups)
     return split.permute(2, 0, 1, 3).flatten(2)
-
-
-def corners_and_shares(
-    moved_BDK2L: Tensor,
-    mask: Tensor | None,
-    output: torch.Size,
-    kernel: tuple[int, int],
-    images_BCHW: Tensor,
-    settings: Convolution,
-) -> tuple[Tensor, Tensor]:
-    """The four pixels of each sample and their shares, (B, D, L, K, 4).
-
-    Pixels are numbered through images, groups, rows and columns.
-    """
-    height, width = images_BCHW.shape[2:]
-    batch, moving = moved_BDK2L.shape[:2]
-    places = []
-    for axis, length in ((0, height), (1, width)):
-        tap = torch.arange(kernel[axis]) * settings.dilation[axis] - settings.padding[axis]
-        first = torch.arange(output[2 + axis]) * settings.stride[axis]
-        if axis == 0:
-            tap_K, first_L = tap.repeat_interleave(kernel[1]), first.repeat_interleave(output[3])
-        else:
-            tap_K, first_L = tap.repeat(kernel[0]), first.repeat(output[2])
-        place = moved_BDK2L[:, :, :, axis] + (first_L + tap_K[:, None])
-        # Beyond the border by a pixel and more a sample is 0; a whole number must not overflow.
-        places.append(place.transpose(2, 3).clamp(-2, length + 1))
-    y, x = places
-    top, left = y.detach().floor(), x.detach().floor()
-    down, right = y - top, x - left
-    table = torch.arange(batch * moving).view(batch, moving, 1, 1) * (height * width)
-    corners, shares = [], []
-    for row, row_share in ((top, 1 - down), (top + 1, down)):
-        for column, column_share in ((left, 1 - right), (left + 1, right)):
-            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            number = row.long() * width + column.long() + table
-            corners.append(torch.where(inside, number, 0))
-            shares.append(row_share * column_share * inside)
-    joined = torch.stack(shares, dim=-1)
-    if mask is not None:
-        factors = mask.reshape(batch, moving, kernel[0] * kernel[1], -1).transpose(2, 3)
-        joined = joined * factors[..., None]
-    return torch.stack(corners, dim=-1), joined
 
 
 def _as_matrices(weight: Tensor, groups: int) -> Tensor:

@@ -21,6 +21,7 @@ Shape letters: N images of a data set or objects of an image, B images of a batc
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, Protocol, cast
@@ -31,20 +32,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import BatchSampler
 
+from zoo_common.damage import Damaged, DamagedItems
 from zoo_common.data import (
     AnyBatch,
     AnyBatchT,
     BatchStream,
-    Damaged,
-    DamagedImageError,
-    DamagedItems,
     Draw,
     ImageFiles,
     ImageItems,
     Items,
     StepSampler,
     kept_rng,
-    read_image,
     seed_rng,
     shard,
 )
@@ -70,6 +68,7 @@ from zoo_common.detection.transforms import (
     resize,
     shortest_edge_size,
 )
+from zoo_common.images import DamagedImageError, read_image
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar  # Python's own has no default before 3.13
@@ -78,6 +77,7 @@ if TYPE_CHECKING:
 
 _CPU = torch.device("cpu")
 _DIVISIBILITY = 32
+_DRAW_BITS = 63  # of a number that fits int64
 
 
 class DetectionSource(ImageFiles, Protocol):
@@ -247,12 +247,15 @@ class _DetectionItems(ImageItems):
             batch_size, self._extents, source.most_objects, source.most_edges
         )
 
-    def _entry(self, position: int, original: Size, sample: Sample) -> Entry:
+    def _entry(self, position: int, original: Size, sample: Sample, draw: int = 0) -> Entry:
+        number = self._chosen.number(position)
         return Entry(
             sample,
             original,
-            self._chosen.source.image_id(self._chosen.number(position)),
+            self._chosen.source.image_id(number),
             self._chosen.item_id(position),
+            number,
+            draw,
         )
 
 
@@ -288,7 +291,9 @@ class TrainItems(_DetectionItems):
                 for augment in self._augments:
                     sample = augment(sample)
                 sample = drop_empty(clip_boxes(sample))
-                entries.append(self._entry(position, (image.height, image.width), sample))
+                original = image.height, image.width
+                drawn = random.getrandbits(_DRAW_BITS)
+                entries.append(self._entry(position, original, sample, drawn))
         return self._collate(entries, damaged)
 
     def _sample(self, image: Image.Image, position: int) -> Sample:

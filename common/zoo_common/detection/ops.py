@@ -61,7 +61,8 @@ def implementation(name: Implementation) -> Iterator[None]:
         _forced = before
 
 
-def _implementation(device: torch.device) -> Implementation:
+def implementation_of(device: torch.device) -> Implementation:
+    """How operators work on a device, for models with operators of their own."""
     if _forced is not None:
         return _forced
     if device.type == "cpu":
@@ -97,7 +98,7 @@ def nms(
     scores_SN = scores_SN.detach().to(dtype)
     if valid_SN is None:
         valid_SN = torch.ones_like(scores_SN, dtype=torch.bool)
-    if _implementation(boxes_SN4.device) == "reference":
+    if implementation_of(boxes_SN4.device) == "reference":
         with reference.no_autocast(boxes_SN4.device.type):
             return reference.nms(boxes_SN4, scores_SN, iou_threshold, valid_SN)
     keep: Tensor = _nms_keep(boxes_SN4, scores_SN, iou_threshold, valid_SN)
@@ -139,7 +140,7 @@ def roi_align(
     dtype = _compute_dtype(features[0].dtype)
     boxes_BR4 = boxes_BR4.detach().to(dtype)
     device = features[0].device
-    way = _implementation(device)
+    way = implementation_of(device)
     if way == "cpu":
         pooled: Tensor = _roi_align_levels(
             list(features), list(strides), boxes_BR4, level_BR, output_size, sampling_ratio
@@ -189,7 +190,7 @@ def deform_conv2d(
         images, offset, weight = (x.to(dtype) for x in (images_BCHW, offset, weight))
         bias = None if bias is None else bias.to(dtype)
         mask = None if mask is None else mask.to(dtype)
-        way = _implementation(device)
+        way = implementation_of(device)
         if way == "reference":
             output = reference.deform_conv2d(images, offset, weight, bias, mask, settings)
         elif way == "cpu":

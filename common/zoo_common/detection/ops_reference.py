@@ -407,36 +407,31 @@ def deform_conv2d(
 ) -> Tensor:
     """Differentiable deformable convolution; see ``ops.deform_conv2d``.
 
-    Goes through the kernel's taps one by one: gathers the four pixels around each sample and adds
-    a product with the tap's weights. The backward pass gathers again, so that no tap's samples
-    are kept; the largest tensor has 4 * B * C * L numbers.
+    Gathers the four pixels around each sample, of as many of the kernel's taps at once as
+    ``_CHUNK_ELEMENTS`` holds, and multiplies the samples with the taps' weights. The backward pass
+    gathers again, so that no samples are kept.
     """
-    images, _, height, width = images_BCHW.shape
-    taps = weight.shape[2] * weight.shape[3]
-    out_height, out_width = offset.shape[2:]
-    offsets_BDK2L = offset.reshape(images, -1, taps, 2, out_height * out_width)
-    groups = offsets_BDK2L.shape[1]
+    images, channels, height, width = images_BCHW.shape
+    kernel = (weight.shape[2], weight.shape[3])
+    taps = kernel[0] * kernel[1]
+    rows, columns = offset.shape[2:]
+    moved_BDK2L = offset.reshape(images, -1, taps, 2, rows * columns)
+    groups = moved_BDK2L.shape[1]
+    corners, shares = corners_and_shares(
+        moved_BDK2L, mask, offset.shape, kernel, images_BCHW, settings
+    )
     table = images_BCHW.reshape(images, groups, -1, height, width).permute(0, 1, 3, 4, 2)
     table = table.reshape(images * groups * height * width, -1)
-    masks_BDKL = None if mask is None else mask.reshape(images, groups, taps, -1)
-
-    rows = torch.arange(out_height, device=offset.device) * settings.stride[0]
-    columns = torch.arange(out_width, device=offset.device) * settings.stride[1]
+    at_once = max(1, _CHUNK_ELEMENTS // (4 * images * channels * rows * columns))
     output: Tensor | None = None
-    for tap in range(taps):
-        tap_row, tap_column = divmod(tap, weight.shape[3])
-        y = rows - settings.padding[0] + tap_row * settings.dilation[0]
-        x = columns - settings.padding[1] + tap_column * settings.dilation[1]
-        y_L = y[:, None].expand(-1, out_width).flatten()
-        x_L = x[None, :].expand(out_height, -1).flatten()
+    for first in range(0, taps, at_once):
+        part = slice(first, first + at_once)
         product = checkpoint(
-            _tap_product,
+            _taps_product,
             table,
-            y_L + offsets_BDK2L[:, :, tap, 0],
-            x_L + offsets_BDK2L[:, :, tap, 1],
-            None if masks_BDKL is None else masks_BDKL[:, :, tap],
-            weight[:, :, tap_row, tap_column],
-            (height, width),
+            corners[:, :, :, part],
+            shares[:, :, :, part],
+            weight.flatten(2)[:, :, part],
             use_reentrant=False,
             preserve_rng_state=False,
         )
@@ -444,49 +439,80 @@ def deform_conv2d(
     assert output is not None
     if bias is not None:
         output = output + bias
-    return output.transpose(1, 2).reshape(images, -1, out_height, out_width)
+    return output.transpose(1, 2).reshape(images, -1, rows, columns)
 
 
-def _tap_product(
-    table: Tensor,
-    y_BDL: Tensor,
-    x_BDL: Tensor,
-    mask_BDL: Tensor | None,
-    weight_OI: Tensor,
-    size: tuple[int, int],
-) -> Tensor:
-    """One tap's part of the output, (B, L, output channels).
+def corners_and_shares(
+    moved_BDK2L: Tensor,
+    mask: Tensor | None,
+    output: torch.Size,
+    kernel: tuple[int, int],
+    images_BCHW: Tensor,
+    settings: Convolution,
+) -> tuple[Tensor, Tensor]:
+    """The four pixels of each sample and their shares, (B, D, L, K, 4).
+
+    Pixels are numbered through images, groups, rows and columns.
+
+    Args:
+        moved_BDK2L: offsets of D groups of channels that move together, K taps and L output
+            pixels.
+        mask: as that of ``ops.deform_conv2d``.
+        output: shape that ends with the output's height and width.
+        kernel: height and width.
+        images_BCHW: input.
+        settings: of the convolution.
+    """
+    height, width = images_BCHW.shape[2:]
+    batch, moving = moved_BDK2L.shape[:2]
+    device = moved_BDK2L.device
+    places = []
+    for axis, length in ((0, height), (1, width)):
+        tap = torch.arange(kernel[axis], device=device) * settings.dilation[axis]
+        tap = tap - settings.padding[axis]
+        first = torch.arange(output[2 + axis], device=device) * settings.stride[axis]
+        if axis == 0:
+            tap_K, first_L = tap.repeat_interleave(kernel[1]), first.repeat_interleave(output[3])
+        else:
+            tap_K, first_L = tap.repeat(kernel[0]), first.repeat(output[2])
+        place = moved_BDK2L[:, :, :, axis] + (first_L + tap_K[:, None])
+        # Beyond the border by a pixel and more a sample is 0; a whole number must not overflow.
+        places.append(place.transpose(2, 3).clamp(-2, length + 1))
+    y, x = places
+    top, left = y.detach().floor(), x.detach().floor()
+    down, right = y - top, x - left
+    table = torch.arange(batch * moving, device=device).view(batch, moving, 1, 1)
+    table = table * (height * width)
+    corners, shares = [], []
+    for row, row_share in ((top, 1 - down), (top + 1, down)):
+        for column, column_share in ((left, 1 - right), (left + 1, right)):
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            number = row.long() * width + column.long() + table
+            corners.append(torch.where(inside, number, 0))
+            shares.append(row_share * column_share * inside)
+    joined = torch.stack(shares, dim=-1)
+    if mask is not None:
+        factors = mask.reshape(batch, moving, kernel[0] * kernel[1], -1).transpose(2, 3)
+        joined = joined * factors[..., None]
+    return torch.stack(corners, dim=-1), joined
+
+
+def _taps_product(table: Tensor, corners: Tensor, shares: Tensor, weight_OIK: Tensor) -> Tensor:
+    """Some taps' part of the output, (B, L, output channels).
 
     Args:
         table: (B * D * H * W, C / D) pixels.
-        y_BDL: rows of the samples.
-        x_BDL: columns of the samples.
-        mask_BDL: factors on the samples.
-        weight_OI: weights; I is C over the number of weight groups.
-        size: (H, W).
+        corners: (B, D, L, K, 4) rows of the table.
+        shares: of the same shape, factors on them.
+        weight_OIK: weights; I is C over the number of weight groups.
     """
-    height, width = size
-    images, groups, length = y_BDL.shape
-    # Samples beyond the border by a pixel or more are 0 all the same; as whole numbers they must
-    # not overflow.
-    y, x = y_BDL.clamp(-2, height + 1), x_BDL.clamp(-2, width + 1)
-    y_low, x_low = y.detach().floor(), x.detach().floor()
-    set_BD1 = torch.arange(images * groups, device=y.device).view(images, groups, 1)
-    indices, weights = [], []
-    for row, row_weight in ((y_low, 1 - (y - y_low)), (y_low + 1, y - y_low)):
-        for column, column_weight in ((x_low, 1 - (x - x_low)), (x_low + 1, x - x_low)):
-            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            index = (set_BD1 * height + row.long()) * width + column.long()
-            indices.append(torch.where(inside, index, 0))
-            weights.append(row_weight * column_weight * inside)
-    pixels = table.index_select(0, torch.stack(indices).flatten())
-    pixels = pixels.view(4, images, groups, length, -1)
-    samples_BDLX = (pixels * torch.stack(weights).unsqueeze(-1)).sum(0)
-    if mask_BDL is not None:
-        samples_BDLX = samples_BDLX * mask_BDL.unsqueeze(-1)
-    samples_BLC = samples_BDLX.transpose(1, 2).flatten(2)
-    inputs = weight_OI.shape[1]
-    per_group = samples_BLC.view(images, length, -1, inputs).transpose(1, 2)
-    weight_XOI = weight_OI.reshape(per_group.shape[1], -1, inputs)
-    product = torch.matmul(per_group, weight_XOI.transpose(1, 2))
-    return product.transpose(1, 2).flatten(2)
+    images, _, length, taps, _ = corners.shape
+    pixels = table.index_select(0, corners.flatten()).view(*corners.shape, -1)
+    samples_BDLKX = (pixels * shares[..., None]).sum(dim=-2)
+    samples_BLKC = samples_BDLKX.permute(0, 2, 3, 1, 4).flatten(3)
+    outputs, inputs, _ = weight_OIK.shape
+    split = samples_BLKC.reshape(images, length, taps, -1, inputs).permute(0, 3, 1, 2, 4)
+    groups = split.shape[1]
+    matrices = weight_OIK.reshape(groups, outputs // groups, inputs, taps).permute(0, 3, 2, 1)
+    product_BGLO = split.flatten(3) @ matrices.flatten(1, 2)
+    return product_BGLO.transpose(1, 2).flatten(2)

@@ -51,6 +51,7 @@ class Sample(NamedTuple):
             wanted.
         rings: The ring of each edge, int64 [E], for each object; None together with ``edges``.
         masks: The objects' masks as pixels; None if they are not wanted. Independent of outlines.
+        flipped: Whether left and right have been turned around.
     """
 
     image_HWC: NDArray[np.uint8]
@@ -59,6 +60,7 @@ class Sample(NamedTuple):
     edges: list[NDArray[np.float64]] | None = None
     rings: list[NDArray[np.int64]] | None = None
     masks: Masks | None = None
+    flipped: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -173,6 +175,7 @@ def flip(sample: Sample) -> Sample:
         boxes_N4=boxes_N4,
         edges=edges,
         masks=None if sample.masks is None else sample.masks.flip(),
+        flipped=not sample.flipped,
     )
 
 

@@ -8,11 +8,16 @@ from pathlib import Path
 
 from zoo_common.doctor.lines import NOTE, OK, PROBLEM, Line
 from zoo_common.doctor.machine import Machine
+from zoo_common.yfcc import TRAIN_IMAGES, TRAIN_JSON, VAL_IMAGES, VAL_JSON, val_images
 
 _COUNT_S = 10.0
 """How long pictures are counted; a network disk can need much longer for ImageNet's million."""
 
-_SIGNS = {"coco": ("annotations", "train2017", "val2017", "coco2017", "coco"), "imagenet": ("val",)}
+_SIGNS = {
+    "coco": ("annotations", "train2017", "val2017", "coco2017", "coco"),
+    "imagenet": ("val",),
+    "yfcc": (TRAIN_JSON, TRAIN_IMAGES, VAL_JSON, *VAL_IMAGES),
+}
 """Names in a directory that tell which layout it was meant to have."""
 
 
@@ -21,12 +26,17 @@ def data(machine: Machine) -> list[Line]:
     given = machine.data_path
     if not given:
         return [Line("data", OK, "none given; --data_path=DIR checks one")]
-    from zoo_common import layouts  # needs numpy, which a bare machine may lack
+    from zoo_common import layouts, shard_names  # numpy, which a bare machine may lack
     from zoo_common.errors import UserError
 
     if given in layouts.MADE:
         return [Line("data", OK, f"{given}: made when a run asks for it")]
     problems: dict[str, str] = {}
+    if shard_names.is_pattern(given):
+        try:
+            return [Line("data", OK, f"{len(shard_names.expand(given))} shards")]
+        except UserError as error:
+            return [Line("data", PROBLEM, str(error), f"shards are {shard_names.EXAMPLE}")]
     for layout in layouts.TREES:
         try:
             root = layouts.resolve(layout, given)
@@ -55,12 +65,21 @@ def _counted(layout: str, root: Path) -> Line:
     """How many pictures a split has, as far as they can be counted in a short time."""
     until = time.monotonic() + _COUNT_S
     counts, whole = [], True
-    for split in ("train2017", "val2017") if layout == "coco" else ("train", "val"):
+    for split in _splits(layout, root):
         number, all_counted = _files(root / split, until)
         whole = whole and all_counted
         counts.append(f"{split} {'' if all_counted else 'at least '}{number} pictures")
     text = f"{layout} in {root}: {', '.join(counts)}"
     return Line("data", OK if whole else NOTE, text, "" if whole else "counting was cut short")
+
+
+def _splits(layout: str, root: Path) -> tuple[str, str]:
+    """The directories of the pictures to train on and of those held out."""
+    if layout == "yfcc":
+        held_out = val_images(root)
+        assert held_out is not None
+        return TRAIN_IMAGES, held_out.name
+    return ("train2017", "val2017") if layout == "coco" else ("train", "val")
 
 
 def _files(directory: Path, until: float) -> tuple[int, bool]:

@@ -22,12 +22,18 @@ examples:
         a larger one in ./shapes
   python3 -m zoo_common.sample --layout coco --out ./coco
         one for detection, laid out as COCO 2017
+  python3 -m zoo_common.sample --layout grounding --out ./grounded
+        the same with captions whose phrases have boxes, and a small BERT's vocabulary
+  python3 -m zoo_common.sample --layout yfcc --out ./captioned
+        one of images and texts, laid out as the DeCLIP card says
 
 imagenet: up to five shapes of different colours and textures on a noisy background; the largest
 names the class. coco: up to six shapes, at times a crowd of tiny ones, at times none, with boxes,
-masks and captions; some pictures have width and height the other way round. The same options give
-the same pictures on every machine. A data set that is there is used again; a directory that holds
-anything else is left alone.
+masks and captions; some pictures have width and height the other way round. grounding: coco with
+captions whose phrases have boxes. yfcc: the pictures of imagenet, each with a caption that mostly
+names its class, and a vocabulary for the captions. The same options give the same pictures on
+every machine. A data set that is there is used again; a directory that holds anything else is left
+alone.
 """
 
 
@@ -129,10 +135,16 @@ def _size(text: str) -> tuple[int, int]:
 def _print_tree(directory: Path) -> None:
     """Prints the directory, and each folder that holds files with their number."""
     print(directory)
-    for folder in sorted(path for path in directory.rglob("*") if path.is_dir()):
-        files = sum(1 for path in folder.iterdir() if path.is_file())
+    counts = {
+        f"{folder.relative_to(directory).as_posix()}/": sum(
+            1 for path in folder.iterdir() if path.is_file()
+        )
+        for folder in sorted(path for path in directory.rglob("*") if path.is_dir())
+    }
+    width = max(16, *map(len, counts))
+    for name, files in counts.items():
         if files:
-            print(f"    {folder.relative_to(directory).as_posix() + '/':<16}{files:>6} files")
+            print(f"    {name:<{width}}{files:>6} files")
 
 
 if __name__ == "__main__":

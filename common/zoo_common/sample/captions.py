@@ -15,7 +15,7 @@ _SMALL, _LARGE = 0.27, 0.42
 # How far apart the middles of two objects are, in shorter sides, for one to be left of the other.
 _CLEARLY_APART = 0.15
 
-_NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 _EMPTY = (
     "nothing but a dark background",
     "a dark picture without any shape",
@@ -58,7 +58,7 @@ def caption(sights: Sequence[Sight], width: int, height: int, dice: Dice) -> lis
     named = [_name(sight.item, side) for sight in objects]
     if crowd:
         named.append(_name(crowd.item, side))
-    sentences = [_listed(named)]
+    sentences = [listed(named)]
     sentences.append(_place(crowd, width, height, dice) if crowd else _count(objects, dice))
     tries = 0
     while len(sentences) < PER_PICTURE:
@@ -76,8 +76,8 @@ def caption(sights: Sequence[Sight], width: int, height: int, dice: Dice) -> lis
 def _name(item: SceneObject, side: int) -> str:
     """An object by size, colour and class, as "a small red circle"; a crowd in the plural."""
     if item.in_crowd:
-        return f"many tiny {item.colour} {_plural(item.shape)}"
-    return _with_article(f"{_size(item, side)} {item.colour} {item.shape}")
+        return f"many tiny {item.colour} {plural(item.shape)}"
+    return with_article(f"{size_word(item, side)} {item.colour} {item.shape}")
 
 
 def _varied_name(item: SceneObject, side: int, dice: Dice) -> str:
@@ -85,33 +85,38 @@ def _varied_name(item: SceneObject, side: int, dice: Dice) -> str:
     style = dice.integer(0, 2)
     if item.in_crowd or style == 0:
         return _name(item, side)
-    size = _size(item, side) if style == 1 else ""
-    return _with_article(f"{size} {item.texture} {item.colour} {item.shape}")
+    size = size_word(item, side) if style == 1 else ""
+    return with_article(f"{size} {item.texture} {item.colour} {item.shape}")
 
 
-def _size(item: SceneObject, side: int) -> str:
+def size_word(item: SceneObject, side: int) -> str:
+    """``small``, ``large`` or nothing, in a picture with a shorter side of so many pixels."""
     if item.scale < _SMALL * side:
         return "small"
     return "large" if item.scale >= _LARGE * side else ""
 
 
 def _place(sight: Sight, width: int, height: int, dice: Dice) -> str:
-    """One object and where it is, in thirds of the picture."""
+    """One object and where it is."""
+    name = _varied_name(sight.item, min(width, height), dice)
+    return f"{name} {where(sight, width, height)} of the picture"
+
+
+def where(sight: Sight, width: int, height: int) -> str:
+    """Where something is, in thirds of the picture, as "at the top left" or "in the middle"."""
     x, y = _middle(sight)
     column = ("left", "", "right")[min(2, int(3 * x / width))]
     row = ("top", "", "bottom")[min(2, int(3 * y / height))]
     if row:
-        where = f"at the {row} {column}".rstrip()
-    else:
-        where = f"on the {column}" if column else "in the middle"
-    return f"{_varied_name(sight.item, min(width, height), dice)} {where} of the picture"
+        return f"at the {row} {column}".rstrip()
+    return f"on the {column}" if column else "in the middle"
 
 
 def _count(objects: Sequence[Sight], dice: Dice) -> str:
     """How many objects there are, and one of them by its texture."""
-    number = _NUMBERS[len(objects)]
+    number = NUMBERS[len(objects)]
     item = dice.choice(objects).item
-    one = _with_article(f"{item.texture} {item.colour} {item.shape}")
+    one = with_article(f"{item.texture} {item.colour} {item.shape}")
     if len(objects) == 1:
         return f"{number} shape on a dark background, {one}"
     return f"{number} shapes on a dark background, one of them {one}"
@@ -147,15 +152,17 @@ def _middle(sight: Sight) -> tuple[float, float]:
     return (left + right) / 2, (top + bottom) / 2
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Names with commas, and "and" before the last."""
     return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
-def _with_article(words: str) -> str:
+def with_article(words: str) -> str:
     """The words, without spaces too many, after "a" or "an"."""
     words = " ".join(words.split())
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def _plural(shape: str) -> str:
+def plural(shape: str) -> str:
+    """A class's name for several of it."""
     return shape + ("es" if shape.endswith("ss") else "s")

@@ -32,8 +32,8 @@ _ID_SPREAD = 3
 _Json = dict[str, Any]
 
 
-class _Visible(NamedTuple):
-    """An object, or a crowd, of which enough is to be seen."""
+class Visible(NamedTuple):
+    """An object, or a crowd, of which enough is to be seen, and its visible part."""
 
     sight: Sight
     mask_HW: np.ndarray
@@ -50,9 +50,9 @@ def annotate(scene: Scene, image_id: int) -> tuple[list[_Json], list[str]]:
         Annotations of instances: the visible parts of objects as polygons, and a crowd's as run
         lengths; and captions.
     """
-    visible = _visible(scene)
+    seen = visible(scene)
     annotations = []
-    for number, (sight, mask_HW) in enumerate(visible):
+    for number, (sight, mask_HW) in enumerate(seen):
         left, top, right, bottom = sight.box_xyxy
         crowd = sight.item.in_crowd
         annotations.append(
@@ -67,11 +67,11 @@ def annotate(scene: Scene, image_id: int) -> tuple[list[_Json], list[str]]:
             }
         )
     dice = Dice(VERSION, scene.seed, 3, image_id)
-    sentences = caption([item.sight for item in visible], scene.width, scene.height, dice)
+    sentences = caption([item.sight for item in seen], scene.width, scene.height, dice)
     return annotations, sentences
 
 
-def _visible(scene: Scene) -> list[_Visible]:
+def visible(scene: Scene) -> list[Visible]:
     """The objects to annotate, back to front, the crowd last."""
     masks_NHW = visible_masks(scene)
     kept = [
@@ -84,11 +84,11 @@ def _visible(scene: Scene) -> list[_Visible]:
         crowd_HW = masks_NHW[members].any(axis=0)
         if crowd_HW.sum() >= _LEAST_PIXELS:
             kept.append((scene.objects[members[0]], crowd_HW))
-    visible = []
+    seen = []
     for item, mask_HW in kept:
         left, top, right, bottom = map(float, boxes_xyxy(mask_HW[None])[0])
-        visible.append(_Visible(Sight(item, (left, top, right, bottom)), mask_HW))
-    return visible
+        seen.append(Visible(Sight(item, (left, top, right, bottom)), mask_HW))
+    return seen
 
 
 def _run_lengths(mask_HW: np.ndarray) -> _Json:
@@ -97,6 +97,12 @@ def _run_lengths(mask_HW: np.ndarray) -> _Json:
     changes = np.flatnonzero(values[1:] != values[:-1])
     counts = np.diff(changes, prepend=0, append=mask_HW.size)
     return {"size": list(mask_HW.shape), "counts": counts.tolist()}
+
+
+def scene_of(picture: Picture) -> Scene:
+    """What is on a picture."""
+    long, short = max(picture.width, picture.height), min(picture.width, picture.height)
+    return compose_several(picture.seed, picture.split, picture.number, long, short)
 
 
 def _image_id(picture: Picture) -> int:
@@ -113,8 +119,7 @@ def _count_files(seed: int, counts: Mapping[str, int]) -> dict[str, int]:
 
 def _write_picture(directory: Path, picture: Picture) -> tuple[_Json, list[_Json], list[_Json]]:
     """Draws a picture; gives its record, its annotations and its captions."""
-    long, short = max(picture.width, picture.height), min(picture.width, picture.height)
-    scene = compose_several(picture.seed, picture.split, picture.number, long, short)
+    scene = scene_of(picture)
     image_id = _image_id(picture)
     name = f"{image_id:012d}.jpg"
     write_jpeg(directory / f"{picture.split}2017" / name, draw(scene))

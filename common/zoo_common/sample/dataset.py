@@ -12,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from zoo_common.errors import UserError
-from zoo_common.sample import coco, imagenet
+from zoo_common.sample import coco, grounding, imagenet, yfcc
 from zoo_common.sample.directory import default_root, make_directory
 from zoo_common.sample.layout import Layout, Picture
 from zoo_common.sample.scenes import SPLITS, VERSION
 
-LAYOUTS: dict[str, Layout] = {"imagenet": imagenet.LAYOUT, "coco": coco.LAYOUT}
+LAYOUTS: dict[str, Layout] = {
+    "imagenet": imagenet.LAYOUT,
+    "coco": coco.LAYOUT,
+    "grounding": grounding.LAYOUT,
+    "yfcc": yfcc.LAYOUT,
+}
 """The layouts by name."""
 
 Progress = Callable[[int, int], None]
@@ -53,8 +58,13 @@ class _Wanted:
         return f"sample-{self.layout}-v{VERSION}-seed{self.seed}-{size}-{counts}"
 
     @property
-    def manifest(self) -> dict[str, Any]:
+    def folders(self) -> dict[str, int]:
+        """The number of files in each folder."""
         counts = dict(zip(SPLITS, self.counts, strict=True))
+        return LAYOUTS[self.layout].count_files(self.seed, counts)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
         return {
             "data_set": "zoo_common.sample",
             "version": VERSION,
@@ -62,7 +72,7 @@ class _Wanted:
             "seed": self.seed,
             "width": self.width,
             "height": self.height,
-            "files": LAYOUTS[self.layout].count_files(self.seed, counts),
+            "files": self.folders | dict.fromkeys(LAYOUTS[self.layout].files, 1),
         }
 
 
@@ -84,11 +94,14 @@ def make(
         layout: one of ``LAYOUTS``. ``imagenet``: ``train/<class>/<class>_<number>.jpg`` and
             ``val/...``, the class being the shape of the picture's main object. ``coco``:
             ``train2017/*.jpg``, ``val2017/*.jpg`` and
-            ``annotations/{instances,captions}_{train,val}2017.json``.
+            ``annotations/{instances,captions}_{train,val}2017.json``. ``grounding``: the same with
+            ``annotations/grounding_{train,val}2017.json`` and a small BERT's words and settings
+            in ``bert-sample``. ``yfcc``: the pictures of ``imagenet`` with captions, as the
+            DeCLIP card lays out YFCC15M and ImageNet's validation pictures.
         train: pictures to train on; the layout's default if None, here and below.
         val: pictures held out.
         size: of a picture in pixels: the side of a square, or (width, height), which some
-            pictures of ``coco`` have the other way round.
+            pictures of ``coco`` and ``grounding`` have the other way round.
         seed: another seed gives other pictures.
         workers: processes that draw. With more than one, the caller's main module must be
             importable without side effects, as for every use of ``multiprocessing``.
@@ -164,7 +177,7 @@ def _make(wanted: _Wanted, directory: Path, workers: int, progress: Progress | N
     layout = LAYOUTS[wanted.layout]
 
     def fill(building: Path) -> None:
-        for folder in wanted.manifest["files"]:
+        for folder in wanted.folders:
             (building / folder).mkdir(parents=True)
         drawn = _drawn(building, wanted) if workers == 1 else _drawn_by(workers, building, wanted)
         pictures = wanted.pictures

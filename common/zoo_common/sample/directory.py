@@ -57,7 +57,7 @@ def make_directory(target: Path, manifest: Mapping[str, Any], fill: Callable[[Pa
         target: the directory of the data set; missing parents are made.
         manifest: what the data set is, as JSON values. Its entry ``files`` gives the number of
             files in each folder (``{"train/circle": 200}``), which is how a damaged data set is
-            told from a whole one.
+            told from a whole one; a file may be named too (``{"labels.json": 1}``).
         fill: writes the data set into the existing directory that it is given. It makes all
             folders of ``files`` and writes no manifest.
 
@@ -142,6 +142,8 @@ def _count_files(folder: Path) -> int:
             )
     except FileNotFoundError:
         return 0
+    except NotADirectoryError:
+        return 1
 
 
 @contextmanager

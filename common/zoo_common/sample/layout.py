@@ -47,6 +47,7 @@ class Layout:
             there; gives what ``finish`` is to know of it. OSError if it cannot be written.
         finish: writes what is known only when all pictures are there, from what
             ``write_picture`` gave for each, in order, by split.
+        files: those of ``finish`` that lie in no folder of ``count_files``.
     """
 
     train: int
@@ -57,6 +58,7 @@ class Layout:
     count_files: Callable[[int, Mapping[str, int]], dict[str, int]]
     write_picture: Callable[[Path, Picture], Any]
     finish: Callable[[Path, Mapping[str, Sequence[Any]]], None]
+    files: tuple[str, ...] = ()
 
 
 def write_jpeg(path: Path, pixels_HW3: np.ndarray) -> None:

@@ -10,7 +10,8 @@ import torch
 
 from solov2.config import Config, HeadConfig
 from solov2.targets import Targets, prepare
-from zoo_common.data import BatchStream, Damaged, affordable_workers, steps_per_epoch
+from zoo_common.damage import Damaged
+from zoo_common.data import BatchStream, affordable_workers, steps_per_epoch
 from zoo_common.detection.batching import DetectionBatch, StaticShapes, suggest_buckets
 from zoo_common.detection.coco import CocoIndex, open_index
 from zoo_common.detection.loading import build_eval_stream, build_train_stream

@@ -1,0 +1,82 @@
+"""Image files and their bytes to pictures; what cannot be read is told in one way."""
+
+from __future__ import annotations
+
+import io
+
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by EXIF orientation."""
+
+
+class DamagedImageError(Exception):
+    """An image file that cannot be opened or decoded; the message is the reason."""
+
+
+def read_image(path: str, *, upright: bool = False) -> Image.Image:
+    """Reads and decodes an image file as RGB; alpha is dropped.
+
+    Args:
+        path: The file.
+        upright: Apply the EXIF orientation, if there is one.
+
+    Raises:
+        DamagedImageError: It cannot be opened or decoded.
+    """
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123 - Path() costs as much as the read
+            data = file.read()
+    except OSError as error:
+        raise DamagedImageError(_reason(error)) from error
+    return decode_image(data, upright=upright)
+
+
+def decode_image(data: bytes, *, upright: bool = False) -> Image.Image:
+    """Decodes the bytes of an image file as RGB; alpha is dropped.
+
+    Args:
+        data: The file's content.
+        upright: Apply the EXIF orientation, if there is one.
+
+    Raises:
+        DamagedImageError: They cannot be decoded.
+    """
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data))
+        if upright:
+            image = _upright(image)
+        if image.mode == "P" and "transparency" in image.info:
+            # Straight to RGB, Pillow would warn; the colours are the same.
+            image = image.convert("RGBA")
+        if image.mode != "RGB":
+            return image.convert("RGB")
+        image.load()
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:  # it would name the object in memory
+        raise DamagedImageError("cannot identify image file") from None
+    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
+        raise DamagedImageError(_reason(error)) from error
+    return image
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # an EXIF block that cannot be read says nothing of the picture
+        return image
+    return image if turn is None else image.transpose(turn)
