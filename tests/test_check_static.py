@@ -251,7 +251,7 @@ def test_the_context_counts_and_leaves_nothing_behind() -> None:
     assert sum(recorder.report().syncs) == 1
 
 
-@pytest.mark.parametrize("model", ["twins", "rcnn", "solov2"])
+@pytest.mark.parametrize("model", ["twins", "rcnn", "solov2", "declip", "glip"])
 def test_our_models_train_without_any(model: str) -> None:
     words = [str(ROOT / "tools" / "check_static.py"), model, f"--device={DEVICE.type}"]
     told = subprocess.run(
@@ -310,7 +310,7 @@ def test_a_simulated_npu_shows_what_reads_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.simulator
-@pytest.mark.parametrize("model", ["twins", "rcnn", "solov2"])
+@pytest.mark.parametrize("model", ["twins", "rcnn", "solov2", "declip", "glip"])
 def test_our_models_train_on_a_simulated_npu_without_any(model: str) -> None:
     told = run_on_npu(model, "--steps=12")
     assert told.stdout.splitlines()[-1] == NONE, told.stdout + told.stderr

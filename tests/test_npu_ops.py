@@ -15,6 +15,8 @@ MODELS = {
     "twins": ROOT / "contrib/cv/classification/Twins-ALTGVT-S",
     "rcnn": ROOT / "built-in/cv/detection/Faster_Mask_RCNN_for_PyTorch",
     "solov2": ROOT / "contrib/cv/detection/SOLOv2",
+    "declip": ROOT / "built-in/others/DeCLIP_for_PyTorch",
+    "glip": ROOT / "built-in/others/GLIP_for_PyTorch",
 }
 
 # A model with one of each: native, made of others, without a kernel, and against the rules.

@@ -101,15 +101,6 @@ def test_other_records_have_rows_and_the_index_names_them(copy: Path) -> None:
     assert "on NPUs not run" in row[-1]
 
 
-def test_planned_models_leave_the_list_when_they_exist(copy: Path) -> None:
-    planned = "built-in/others/GLIP_for_PyTorch"
-    tables(copy)
-    assert rows(copy / "README.md", f"`{planned}`")[0][-1] == "planned, not there yet"
-    (copy / planned).mkdir(parents=True)
-    tables(copy)
-    assert not rows(copy / "README.md", f"`{planned}`")
-
-
 def test_operators_come_from_the_record_of_npu_ops(copy: Path) -> None:
     readme = copy / TWINS / "README.md"
     assert tables(copy).returncode == 0

@@ -34,10 +34,6 @@ from zoo_common import npu_env, runs
 from zoo_common.config import Field, PrecisionConfig, RunConfig, fields_of, options_of, section
 from zoo_common.device import SWITCHES
 
-PLANNED = {
-    "built-in/others/DeCLIP_for_PyTorch": "data-efficient CLIP pre-training",
-    "built-in/others/GLIP_for_PyTorch": "grounded language-image pre-training and detection",
-}
 MARKED = re.compile(r"(<!-- ([\w-]+):begin -->\n)(.*?)(<!-- \2:end -->)", re.DOTALL)
 NOT_RUN = "not run"
 
@@ -207,9 +203,6 @@ def models_table(root: Path) -> str:
         match = re.search(r'^description = "(.*)"$', project, re.MULTILINE)
         link = f"[{model.path.name}]({place}/README.md)"
         rows.append((link, f"`{model.name}`", match[1] if match else None, _state(model)))
-    for place, what in PLANNED.items():
-        if not (root / place).exists():
-            rows.append((f"`{place}`", None, what, "planned, not there yet"))
     return table(("model", "name", "what it is", "runs on record"), rows)
 
 

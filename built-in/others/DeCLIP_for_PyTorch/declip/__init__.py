@@ -1,0 +1,1 @@
+"""DeCLIP: data-efficient image-text pre-training."""
