@@ -3,7 +3,7 @@
 Of conv, norm and ReLU in a row autograd keeps two maps of one size: the norm's input, and the
 ReLU's output for the next convolution. The second follows from the first, bit for bit, in one pass
 over memory. Chen et al., Training Deep Nets with Sublinear Memory Cost,
-https://arxiv.org/abs/1604.06174; Rota Bulò et al., In-Place Activated BatchNorm,
+https://arxiv.org/abs/1604.06174 and Rota Bulò et al., In-Place Activated BatchNorm,
 https://arxiv.org/abs/1712.02616.
 
 Shape letters: B images, C channels, H W cells.
