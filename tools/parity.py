@@ -11,7 +11,8 @@ same names:
     FLOAT32_TOLERANCE       in float32; --tol overrides both
     compute(case, device, dtype) -> tree
                             ``case`` is the JSON's tree with tensors in the place of their paths,
-                            on the CPU; the tree's tensors may be anywhere
+                            on the CPU, and under ``directory`` where it was read from; the tree's
+                            tensors may be anywhere
 
 On a CPU ``dtype`` is float64, so that a difference shows a mistake and not rounding. Accelerators
 compute in float32: NPUs lack most operators in float64.
@@ -337,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tolerance = module.FLOAT32_TOLERANCE if rounded else module.TOLERANCE
         if options.tol is not None:
             tolerance = options.tol
-        ours = module.compute(case, device, dtype)
+        ours = module.compute({**case, "directory": str(options.case.parent)}, device, dtype)
         compared, beyond = compare(case, ours, module.GIVEN, tolerance)
     except UserError as error:
         print(f"parity: {error}", file=sys.stderr)

@@ -13,7 +13,7 @@ taps, L output pixels, G groups of weights, X = K C / G inputs of a product, O o
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from zoo_common.detection.ops_reference import Convolution, corners_and_shares
+
+_CHUNK_ELEMENTS = 2**20
+"""Samples that the forward pass has at once: they stay in a cache."""
 
 
 def deform_conv2d(
@@ -32,9 +35,7 @@ def deform_conv2d(
     settings: Convolution,
 ) -> Tensor:
     """Differentiable deformable convolution; see ``ops.deform_conv2d``."""
-    output_LO: Tensor = _DeformConv.apply(images_BCHW, offset, weight, mask, settings)
-    if bias is not None:
-        output_LO = output_LO + bias
+    output_LO: Tensor = _DeformConv.apply(images_BCHW, offset, weight, bias, mask, settings)
     rows, columns = offset.shape[2:]
     return output_LO.view(len(images_BCHW), rows, columns, -1).permute(0, 3, 1, 2)
 
@@ -48,14 +49,24 @@ class _DeformConv(torch.autograd.Function):
         images_BCHW: Tensor,
         offset: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         mask: Tensor | None,
         settings: Convolution,
     ) -> Tensor:
         ctx.settings = settings
         ctx.save_for_backward(images_BCHW, offset, weight, mask)
-        samples_GLX = take_samples(images_BCHW, offset, mask, weight, settings)
-        product_GLO = samples_GLX @ _as_matrices(weight, len(samples_GLX)).transpose(1, 2)
-        return product_GLO.transpose(0, 1).flatten(1)
+        samples = Samples.plan(images_BCHW, offset, mask, weight, settings)
+        matrices_GOX = _as_matrices(weight, samples.groups)
+        batch, _, pixels = samples.corners.shape[:3]
+        output_BLGO = images_BCHW.new_empty(batch, pixels, *matrices_GOX.shape[:2])
+        step = max(1, _CHUNK_ELEMENTS // (batch * matrices_GOX[0, 0].numel() * samples.groups))
+        for first in range(0, pixels, step):
+            part = slice(first, first + step)
+            product_GLO = samples.take(part) @ matrices_GOX.transpose(1, 2)
+            rows = output_BLGO[:, part]
+            rows.copy_(product_GLO.transpose(0, 1).reshape(rows.shape))
+        output_LO = output_BLGO.view(batch * pixels, -1)
+        return output_LO if bias is None else output_LO.add_(bias)
 
     @staticmethod
     @once_differentiable
@@ -64,9 +75,9 @@ class _DeformConv(torch.autograd.Function):
         needed = ctx.needs_input_grad
         images = images.detach().requires_grad_(needed[0])
         offset = offset.detach().requires_grad_(needed[1])
-        mask = None if mask is None else mask.detach().requires_grad_(needed[3])
+        mask = None if mask is None else mask.detach().requires_grad_(needed[4])
         with torch.enable_grad():
-            samples_GLX = take_samples(images, offset, mask, weight, ctx.settings)
+            samples_GLX = Samples.plan(images, offset, mask, weight, ctx.settings).take()
         groups = len(samples_GLX)
         gradient_GLO = gradient_LO.view(len(gradient_LO), groups, -1).transpose(0, 1)
         if samples_GLX.requires_grad:
@@ -75,38 +86,62 @@ class _DeformConv(torch.autograd.Function):
         if needed[2]:
             matrices_GOX = gradient_GLO.transpose(1, 2) @ samples_GLX.detach()
             weight_gradient = _as_weight(matrices_GOX, weight.shape)
-        return images.grad, offset.grad, weight_gradient, None if mask is None else mask.grad, None
+        bias_gradient = gradient_LO.sum(dim=0) if needed[3] else None
+        mask_gradient = None if mask is None else mask.grad
+        return images.grad, offset.grad, weight_gradient, bias_gradient, mask_gradient, None
 
 
-def take_samples(
-    images_BCHW: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
-    weight: Tensor,
-    settings: Convolution,
-) -> Tensor:
-    """What the taps see: (G, B L, K C / G), taps outside of channels."""
-    batch, channels, height, width = images_BCHW.shape
-    kernel = (weight.shape[2], weight.shape[3])
-    taps = kernel[0] * kernel[1]
-    moved_BDK2L = offset.reshape(batch, -1, taps, 2, offset.shape[2] * offset.shape[3])
-    moving = moved_BDK2L.shape[1]
-    pixels = images_BCHW.reshape(batch, moving, -1, height, width).permute(0, 1, 3, 4, 2)
-    corners, shares = corners_and_shares(
-        moved_BDK2L, mask, offset.shape, kernel, images_BCHW, settings
-    )
-    bags = F.embedding_bag(
-        corners.view(-1, 4),
-        pixels.reshape(-1, channels // moving),
-        mode="sum",
-        per_sample_weights=shares.view(-1, 4),
-    )
-    groups = channels // weight.shape[1]
-    if moving == groups == 1:
-        return bags.view(1, -1, taps * channels)
-    samples_BLKC = bags.view(batch, moving, -1, taps, channels // moving).permute(0, 2, 3, 1, 4)
-    split = samples_BLKC.reshape(-1, taps, groups, channels // groups)
-    return split.permute(2, 0, 1, 3).flatten(2)
+class Samples(NamedTuple):
+    """What the taps see, to be taken.
+
+    Attributes:
+        table: rows of pixels, (B D H W, C / D).
+        corners: the four rows of each sample, (B, D, L, K, 4).
+        shares: theirs in it.
+        groups: G.
+    """
+
+    table: Tensor
+    corners: Tensor
+    shares: Tensor
+    groups: int
+
+    @classmethod
+    def plan(
+        cls,
+        images_BCHW: Tensor,
+        offset: Tensor,
+        mask: Tensor | None,
+        weight: Tensor,
+        settings: Convolution,
+    ) -> Samples:
+        """From what ``ops.deform_conv2d`` takes."""
+        batch, channels, height, width = images_BCHW.shape
+        kernel = (weight.shape[2], weight.shape[3])
+        moved_BDK2L = offset.reshape(batch, -1, kernel[0] * kernel[1], 2, offset[0, 0].numel())
+        moving = moved_BDK2L.shape[1]
+        pixels = images_BCHW.reshape(batch, moving, -1, height, width).permute(0, 1, 3, 4, 2)
+        corners, shares = corners_and_shares(
+            moved_BDK2L, mask, offset.shape, kernel, images_BCHW, settings
+        )
+        table = pixels.reshape(-1, channels // moving)
+        return cls(table, corners, shares, channels // weight.shape[1])
+
+    def take(self, part: slice = slice(None)) -> Tensor:
+        """The samples of some output pixels: (G, B L, K C / G), taps outside of channels."""
+        corners, shares = self.corners[:, :, part], self.shares[:, :, part]
+        bags = F.embedding_bag(
+            corners.reshape(-1, 4),
+            self.table,
+            mode="sum",
+            per_sample_weights=shares.reshape(-1, 4),
+        )
+        batch, moving, pixels, taps, _ = corners.shape
+        if moving == self.groups == 1:
+            return bags.view(1, batch * pixels, -1)
+        samples_BLKC = bags.view(batch, moving, pixels, taps, -1).permute(0, 2, 3, 1, 4)
+        split = samples_BLKC.reshape(batch * pixels, taps, self.groups, -1)
+        return split.permute(2, 0, 1, 3).flatten(2)
 
 
 def _as_matrices(weight: Tensor, groups: int) -> Tensor:
