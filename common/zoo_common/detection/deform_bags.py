@@ -58,14 +58,15 @@ class _DeformConv(torch.autograd.Function):
         samples = Samples.plan(images_BCHW, offset, mask, weight, settings)
         matrices_GOX = _as_matrices(weight, samples.groups)
         batch, _, pixels = samples.corners.shape[:3]
-        output_BLGO = images_BCHW.new_empty(batch, pixels, *matrices_GOX.shape[:2])
+        # The output itself, of which the parts are views: autograd lets it be changed in place.
+        output_LO = images_BCHW.new_empty(batch * pixels, len(weight))
+        output_BLGO = output_LO.view(batch, pixels, *matrices_GOX.shape[:2])
         step = max(1, _CHUNK_ELEMENTS // (batch * matrices_GOX[0, 0].numel() * samples.groups))
         for first in range(0, pixels, step):
             part = slice(first, first + step)
             product_GLO = samples.take(part) @ matrices_GOX.transpose(1, 2)
             rows = output_BLGO[:, part]
             rows.copy_(product_GLO.transpose(0, 1).reshape(rows.shape))
-        output_LO = output_BLGO.view(batch * pixels, -1)
         return output_LO if bias is None else output_LO.add_(bias)
 
     @staticmethod
