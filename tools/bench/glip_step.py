@@ -104,7 +104,7 @@ def build_step(name: str, variant: str, options: argparse.Namespace) -> tuple[Tr
         return _step(their_losses, optimizer), theirs
     from zoo_common.device import give_back_memory
 
-    give_back_memory(torch.device("cpu"))  # as glip.train does
+    give_back_memory(torch.device("cpu"), above_mb=1)  # as glip.train does
     ours, config = peer.build_ours(variant, options.bert, weights)
     batch = peer.to_ours(scenes, config)
     from glip.recipe import build_optimizer

@@ -36,14 +36,15 @@ class DropPath(nn.Module):
 
     def __init__(self, probability: float) -> None:
         super().__init__()
-        self.kept = 1 - probability
+        self.probability = probability
 
     def forward(self, branch: Tensor) -> Tensor:
         """Any shape with images first; the input itself in evaluation."""
-        if not self.training or self.kept == 1:
+        if not self.training or self.probability == 0:
             return branch
+        kept = 1 - self.probability
         drawn = torch.rand(len(branch), *[1] * (branch.dim() - 1), device=branch.device)
-        return branch * ((drawn < self.kept) / self.kept).to(branch.dtype)
+        return branch * ((drawn < kept) / kept).to(branch.dtype)
 
 
 class WindowAttention(nn.Module):

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         solver = config.solver
         train_data = data.train_stream(config, index, encoder, run)
 
-        devices.give_back_memory(run.device)
+        devices.give_back_memory(run.device, above_mb=1)
         model = to_device(build_model(config), run.device)
         load_start(model, config, run)
         optimizer = build_optimizer(model, solver)

@@ -187,7 +187,7 @@ def test_stochastic_depth_leaves_images_out_and_scales_the_rest() -> None:
     assert sorted(set(dropped[:, 0].tolist())) == pytest.approx([0.0, 4 / 3])
     assert dropped.mean().item() == pytest.approx(1, abs=0.05)
     model = make_model(narrow_config())
-    rates = [1 - layer.kept for layer in model.modules() if isinstance(layer, DropPath)]
+    rates = [layer.probability for layer in model.modules() if isinstance(layer, DropPath)]
     assert rates == pytest.approx([0.2 * block / 7 for block in range(8)])
 
 
