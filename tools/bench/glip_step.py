@@ -102,12 +102,12 @@ def build_step(name: str, variant: str, options: argparse.Namespace) -> tuple[Tr
 
         optimizer = torch.optim.AdamW(theirs.parameters(), weight_decay=0.05)
         return _step(their_losses, optimizer), theirs
+    from glip.recipe import build_optimizer, largest_kept_block_mb
     from zoo_common.device import give_back_memory
 
-    give_back_memory(torch.device("cpu"), above_mb=1)  # as glip.train does
     ours, config = peer.build_ours(variant, options.bert, weights)
+    give_back_memory(torch.device("cpu"), largest_kept_block_mb(config.model))  # as glip.train
     batch = peer.to_ours(scenes, config)
-    from glip.recipe import build_optimizer
 
     def our_losses() -> dict[str, torch.Tensor]:
         with torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16"):

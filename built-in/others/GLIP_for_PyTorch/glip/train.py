@@ -16,7 +16,14 @@ from glip.bert import find_bert
 from glip.config import CARD_OPTIONS, Config, check
 from glip.evaluate import METRIC, evaluate
 from glip.model import FLOAT32_INPUTS, GLIP, build_model, to_device
-from glip.recipe import WeightAverage, build_optimizer, planned_steps, set_lr, total_steps
+from glip.recipe import (
+    WeightAverage,
+    build_optimizer,
+    largest_kept_block_mb,
+    planned_steps,
+    set_lr,
+    total_steps,
+)
 from zoo_common import device as devices
 from zoo_common.amp import Precision
 from zoo_common.config import load_config
@@ -41,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         solver = config.solver
         train_data = data.train_stream(config, index, encoder, run)
 
-        devices.give_back_memory(run.device, above_mb=1)
+        devices.give_back_memory(run.device, largest_kept_block_mb(config.model))
         model = to_device(build_model(config), run.device)
         load_start(model, config, run)
         optimizer = build_optimizer(model, solver)
