@@ -1,11 +1,13 @@
 """tools/environment.sh and environment.py, with a pip that only writes down its words."""
 
+import hashlib
 import importlib
 import os
 import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -32,16 +34,21 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("environment")
 
 
-def test_installs_once_with_pins_in_every_call(copy: Path, stub_venv: Path) -> None:
+def hashed(call: str) -> list[str]:
+    """The files with hashes that a call of pip installs."""
+    for word in ("--no-deps", "--require-hashes", "--only-binary=:all:"):
+        assert word in call
+    return [Path(word).stem for word in call.split(" --requirement ")[1:]]
+
+
+def test_installs_once_and_from_an_index_only_with_hashes(copy: Path, stub_venv: Path) -> None:
     first = ensure(copy)
     assert first.returncode == 0, first.stderr
     assert first.stdout.splitlines()[-1] == str(copy / ".venv/bin/python")
     calls = stub_venv.read_text().splitlines()
     assert len(calls) == 2
-    for call in calls:
-        for pins in ("common.txt", "default.txt"):
-            assert f"--constraint {copy}/tools/pins/{pins}" in call
-    assert "torch torchvision" in calls[0]
+    assert hashed(calls[0]) == ["common", "default", "cuda"]
+    assert "--no-index" in calls[1]
     assert f"--editable {copy}/common[digits]" in calls[1]
     assert f"--editable {copy}/contrib/cv/classification/Twins-ALTGVT-S" in calls[1]
 
@@ -50,6 +57,136 @@ def test_installs_once_with_pins_in_every_call(copy: Path, stub_venv: Path) -> N
     assert again.returncode == 0
     assert time.monotonic() - started < 2
     assert stub_venv.read_text().splitlines() == calls
+
+
+def test_an_index_that_the_user_names_gives_torch_alone(copy: Path, stub_venv: Path) -> None:
+    """And torch stays what it is when the variable is forgotten later."""
+    assert ensure(copy, PIP_EXTRA_INDEX_URL="https://somewhere").returncode == 0
+    calls = stub_venv.read_text().splitlines()
+    pins = f"--constraint {copy}/tools/pins/common.txt --constraint {copy}/tools/pins/default.txt"
+    assert calls[0].endswith(f"--no-deps --quiet {pins} torch torchvision")
+    assert hashed(calls[1]) == ["common", "default"]
+    assert calls[2].endswith(f"--quiet {pins} torch torchvision")
+    assert "--no-deps" not in calls[2]
+    assert "--no-index" in calls[3]
+    (copy / ".venv/lib/python3.11/site-packages/torch-2.14.1+cpu.dist-info").mkdir()
+    assert ensure(copy).returncode == 0
+    assert stub_venv.read_text().splitlines() == calls
+    assert ensure(copy, "--ci").returncode == 0
+    assert hashed(stub_venv.read_text().splitlines()[5]) == ["common", "default", "ci"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("absl-py==2.5.1", "absl-py==2.5.2", "differ in absl-py==2.5.1"),
+        ("absl-py==2.5.1\n", "", "differ in absl-py==2.5.1"),
+        ("absl-py==2.5.1", "aa==1\nabsl-py==2.5.1", "differ in aa==1"),
+    ],
+)
+def test_pins_without_their_hashes_install_nothing(
+    copy: Path, stub_venv: Path, old: str, new: str, sentence: str
+) -> None:
+    pins = copy / "tools/pins/common.txt"
+    text = pins.read_text()
+    assert old in text
+    pins.write_text(text.replace(old, new))
+    refused = ensure(copy)
+    assert refused.returncode == 1
+    assert len(refused.stderr.splitlines()) == 1
+    assert sentence in refused.stderr
+    assert "run .venv/bin/python tools/lock.py" in refused.stderr
+    assert not stub_venv.exists()
+
+
+BACKEND = """
+import zipfile
+
+INFO = "zoo_common-1.dist-info"
+METADATA = "Metadata-Version: 2.1\\nName: zoo-common\\nVersion: 1\\nRequires-Dist: NEED\\n"
+
+
+def build_editable(folder, config_settings=None, metadata_directory=None):
+    name = "zoo_common-1-py3-none-any.whl"
+    with zipfile.ZipFile(f"{folder}/{name}", "w") as wheel:
+        wheel.writestr(f"{INFO}/METADATA", METADATA)
+        wheel.writestr(f"{INFO}/WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\n")
+        wheel.writestr(f"{INFO}/RECORD", "")
+    return name
+"""
+
+
+def small_zoo(folder: Path, need: str) -> None:
+    """A repository with one package of ours, built by a backend of its own, that needs one pin."""
+    for model in ("built-in", "contrib"):
+        shutil.rmtree(folder / model, ignore_errors=True)
+    (folder / "common/pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    )
+    (folder / "common/backend.py").write_text(BACKEND.replace("NEED", need))
+    pins = folder / "tools/pins"
+    for name, text in (("common", "tiny==1.0\n"), ("default", "torch==1\n"), ("cuda", "")):
+        (pins / f"{name}.txt").write_text(text)
+        lines = [
+            f"{line} \\\n    --hash=sha256:{sha(folder, line)}\n" for line in text.splitlines()
+        ]
+        (pins / f"hashes/{name}.txt").write_text("".join(lines))
+
+
+def sha(folder: Path, pin: str) -> str:
+    """The hash of an empty wheel of that version, which is made for it."""
+    name, _, version = pin.partition("==")
+    info = f"{name}-{version}.dist-info"
+    wheel = folder / "wheels" / f"{name}-{version}-py3-none-any.whl"
+    wheel.parent.mkdir(exist_ok=True)
+    with zipfile.ZipFile(wheel, "w") as archive:
+        head = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        archive.writestr(f"{info}/METADATA", head)
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return hashlib.sha256(wheel.read_bytes()).hexdigest()
+
+
+def test_a_file_with_another_hash_is_refused_by_the_real_pip(copy: Path) -> None:
+    """And a need without a pin is told: nothing comes in beside what has a hash."""
+    small_zoo(copy, need="tiny>=1")
+    source = {
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_FIND_LINKS": (copy / "wheels").as_uri(),
+        "PIP_NO_INDEX": "1",
+        "ZOO_PLATFORM": "default",
+    }
+    wheel = copy / "wheels/tiny-1.0-py3-none-any.whl"
+    good = wheel.read_bytes()
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("tiny.py", "# more than there was\n")
+    refused = ensure(copy, **source)
+    assert refused.returncode == 1
+    assert len(refused.stderr.splitlines()) == 1
+    got = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    for text in (f"{wheel.as_uri()} is not the tiny==1.0 whose", got, "installed nothing"):
+        assert text in refused.stderr
+    site = next((copy / ".venv/lib").glob("python*/site-packages"))
+    assert not list(site.glob("t*-*.dist-info"))
+
+    wheel.write_bytes(good)
+    assert ensure(copy, **source).returncode == 0
+    assert {info.name for info in site.glob("*-1*.dist-info")} >= {
+        "tiny-1.0.dist-info",
+        "torch-1.dist-info",
+        "zoo_common-1.dist-info",
+    }
+
+    small_zoo(copy, need="tiny>=2")
+    sha(copy, "tiny==2.0")
+    with (copy / "common/pyproject.toml").open("a") as project:
+        project.write("# changed\n")
+    unmet = ensure(copy, **source)
+    assert unmet.returncode == 1
+    assert unmet.stderr == (
+        "zoo-common[digits] needs tiny>=2, which tools/pins does not give it: pin a version there, "
+        "and run .venv/bin/python tools/lock.py for its hashes.\n"
+    )
 
 
 def test_ci_adds_to_what_is_there(copy: Path, stub_venv: Path) -> None:
@@ -67,6 +204,7 @@ def test_ci_adds_to_what_is_there(copy: Path, stub_venv: Path) -> None:
     [
         "common/pyproject.toml",
         "tools/pins/common.txt",
+        "tools/pins/hashes/cuda.txt",
         "contrib/cv/classification/Twins-ALTGVT-S/pyproject.toml",
     ],
 )
@@ -88,12 +226,15 @@ def test_a_moved_tree_installs_again(copy: Path, stub_venv: Path) -> None:
 
 def test_npu_machines_get_torch_npu_and_its_torch(copy: Path, stub_venv: Path) -> None:
     assert ensure(copy, ZOO_PLATFORM="npu").returncode == 0
-    first = stub_venv.read_text().splitlines()[0]
-    assert f"--constraint {copy}/tools/pins/npu.txt" in first
-    assert first.endswith("torch torchvision torch-npu")
+    calls = stub_venv.read_text().splitlines()
+    assert f"--no-deps --quiet --constraint {copy}/tools/pins/common.txt" in calls[0]
+    assert calls[0].endswith(f"--constraint {copy}/tools/pins/npu.txt torch torchvision")
+    assert hashed(calls[1]) == ["common", "npu"]
     pins = (copy / "tools/pins/npu.txt").read_text()
     assert "torch==2.14.0+cpu\n" in pins
-    assert "torch-npu==2.14.0\n" in pins
+    hashes = (copy / "tools/pins/hashes/npu.txt").read_text()
+    assert "torch-npu==2.14.0 \\\n    --hash=sha256:" in hashes
+    assert "\ntorch==" not in hashes and "torchvision" not in hashes
 
 
 @pytest.mark.parametrize(
@@ -167,9 +308,10 @@ def test_too_little_disk_is_told_before_anything_is_made(
 
 def test_another_torch_takes_its_own_pins(copy: Path, stub_venv: Path) -> None:
     assert ensure(copy, ZOO_PLATFORM="npu", ZOO_TORCH="2.7.1").returncode == 0
-    for call in stub_venv.read_text().splitlines():
-        assert f"--constraint {copy}/tools/pins/npu-2.7.1.txt" in call
-        assert "pins/npu.txt" not in call
+    calls = stub_venv.read_text().splitlines()
+    assert f"--constraint {copy}/tools/pins/npu-2.7.1.txt" in calls[0]
+    assert hashed(calls[1]) == ["common", "npu-2.7.1"]
+    assert not any("/npu.txt" in call for call in calls)
     wrong = ensure(copy, ZOO_PLATFORM="npu", ZOO_TORCH="2.7")
     assert wrong.returncode == 1
     assert wrong.stderr.startswith("ZOO_TORCH=2.7 has no pins for the platform npu: there are npu-")

@@ -2,6 +2,9 @@
 
     python3 tools/environment.py [--ci]
 
+pip takes only files whose hashes stand in tools/pins/hashes. Not covered are torch and torchvision
+where they come from an index of their own: on NPUs, and where PIP_EXTRA_INDEX_URL names one.
+
 It does nothing, and calls no pip, when a stamp says that the environment is up to date. It uses
 the standard library alone, because it runs before anything is installed; quickstart and the CI
 scripts call it through tools/environment.sh.
@@ -15,6 +18,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +29,8 @@ from pathlib import Path
 from model_dirs import ROOT, find_models
 
 NEEDED_BYTES = 7e9  # torch's CUDA build with its libraries takes 5.6 GB, the rest 0.6 GB
+# What comes from PyTorch's own index or one that the user names, whose files we cannot know.
+FROM_OTHER_INDEX = ("torch", "torchvision")
 NETWORK_SIGNS = (
     "NewConnectionError",
     "NameResolutionError",
@@ -36,6 +42,12 @@ NETWORK_SIGNS = (
     "Network is unreachable",
     "Could not fetch URL",
 )
+# What pip says of a file with another hash: the package, where the file is, and its hash.
+OTHER_HASH = re.compile(
+    r"^ +(\S+) from (\S+) .*:\n(?: +Expected .*\n)+ +Got +([0-9a-f]+)$", re.MULTILINE
+)
+# What pip says of a need that nothing installed meets: the need, and the package that has it.
+UNMET = re.compile(r"satisfies the requirement (.+?) \(from (.+?)\) \(from versions")
 
 
 class SetupError(Exception):
@@ -67,6 +79,24 @@ def pins_name(platform: str, root: Path) -> str:
             f"{', '.join(there)} in tools/pins, and ZOO_PLATFORM=npu asks for those."
         )
     return name
+
+
+def pins_with_hashes(pins: Path) -> list[str]:
+    """The lines of a file of pins that its file in ``hashes/`` has too.
+
+    Left out is what a file takes from the index that it names.
+    """
+    text = pins.read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line and not line.startswith(("#", "-"))]
+    if "--extra-index-url" in text:
+        lines = [line for line in lines if line.partition("==")[0] not in FROM_OTHER_INDEX]
+    return lines
+
+
+def hashed_pins(file: Path) -> list[str]:
+    """The pins of a file in ``hashes/``, without the hashes."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [line.removesuffix(" \\") for line in lines if line and not line.startswith(("#", " "))]
 
 
 class Environment:
@@ -127,10 +157,39 @@ class Environment:
         folder = self.root / "tools" / "pins"
         return [folder / "common.txt", folder / f"{self.pins}.txt"]
 
+    def _torch_has_hashes(self) -> bool:
+        """Whether torch comes from the usual index, as it does unless the user names another one.
+
+        A torch that came from another one stays, also where the variable is not set any more.
+        """
+        if self.platform == "npu" or os.environ.get("PIP_EXTRA_INDEX_URL"):
+            return False
+        pins = pins_with_hashes(self._pins()[1])
+        (version,) = (pin.partition("==")[2] for pin in pins if pin.startswith("torch=="))
+        builds = self.venv.glob(f"lib/python*/site-packages/torch-{version}+*.dist-info")
+        return not any(builds)
+
+    def _hashes(self, group: str) -> list[Path]:
+        """The files of pins with hashes that belong to a group."""
+        usual = ["common", self.pins, *(["cuda"] if self.platform == "default" else [])]
+        names = ["ci"] if group == "ci" else usual
+        return [self.root / "tools" / "pins" / "hashes" / f"{name}.txt" for name in names]
+
+    def _refuse_old_hashes(self) -> None:
+        for file in (file for group in self._groups() for file in self._hashes(group)):
+            pins = file.parent.parent / file.name
+            there = hashed_pins(file) if file.is_file() else []
+            for line in sorted(set(pins_with_hashes(pins)) ^ set(there)):
+                raise SetupError(
+                    f"{file.relative_to(self.root)} and tools/pins/{file.name} differ in {line}: "
+                    "run .venv/bin/python tools/lock.py, which writes the hashes of the pins."
+                )
+
     def _digest(self, group: str) -> str:
         """A hash of all that decides what is installed, and where the editable sources stand."""
         projects = [self.root / "common", *(model.path for model in find_models(self.root))]
         files = [*self._pins(), *(project / "pyproject.toml" for project in projects)]
+        files += self._hashes(group)
         if group == "ci":
             files += [self._simulator / "pyproject.toml", self.root / "ci" / "requirements.txt"]
         digest = hashlib.sha256(f"{self.root}\0{self.pins}\0".encode())
@@ -171,27 +230,47 @@ class Environment:
             )
 
     def _install(self) -> None:
-        torch = ["torch", "torchvision", *(["torch-npu"] if self.platform == "npu" else [])]
+        self._refuse_old_hashes()
         # Progress bars for the long downloads; an update would only list what is there already.
         quiet = ["--quiet"] if self._has_torch() else []
         if not quiet:
-            _say(f"Installing {', '.join(torch)} (several GB where nothing is cached).")
-        self._pip([*quiet, "setuptools", *torch])
-        _say("Installing zoo-common, the models and what they need.")
-        words = [*quiet, "--no-build-isolation", "--editable", f"{self.root / 'common'}[digits]"]
+            _say("Installing torch and what the models need (several GB where nothing is cached).")
+        hashed = [*quiet, "--no-deps", "--require-hashes", "--only-binary=:all:"]
+        for file in (file for group in self._groups() for file in self._hashes(group)):
+            if file.stem != "cuda" or self._torch_has_hashes():
+                hashed += ["--requirement", str(file)]
+        if self._torch_has_hashes():
+            self._pip(hashed)
+        else:
+            torch = [word for pins in self._pins() for word in ("--constraint", str(pins))]
+            torch = [*quiet, *torch, *FROM_OTHER_INDEX]
+            self._pip(["--no-deps", *torch])
+            self._pip(hashed)
+            self._pip(torch)  # the libraries that this build brings, if it is not for a CPU
+        _say("Installing zoo-common and the models.")
+        # All that they need is there by now, and without an index nothing else can come in.
+        words = ["--quiet", "--isolated", "--no-index", "--no-build-isolation"]
+        words += ["--editable", f"{self.root / 'common'}[digits]"]
         for model in find_models(self.root):
             words += ["--editable", str(model.path)]
         if self.with_ci:
             words += ["--editable", str(self._simulator)]
             words += ["--requirement", str(self.root / "ci" / "requirements.txt")]
-        self._pip(words)
+        try:
+            self._pip(words, PIP_CONFIG_FILE=os.devnull)
+        except SetupError:
+            unmet = UNMET.search(self._log.read_text(encoding="utf-8", errors="replace"))
+            if unmet is None:
+                raise
+            raise SetupError(
+                f"{unmet[2]} needs {unmet[1]}, which tools/pins does not give it: pin a version "
+                "there, and run .venv/bin/python tools/lock.py for its hashes."
+            ) from None
 
-    def _pip(self, words: list[str]) -> None:
-        """Runs ``pip install``, never letting go of the pins; its warnings go to a log."""
+    def _pip(self, words: list[str], **variables: str) -> None:
+        """Runs ``pip install``; its errors and warnings go to a log."""
         command = [str(self.python), "-Im", "pip", "install", "--disable-pip-version-check"]
-        for pins in self._pins():
-            command += ["--constraint", str(pins)]
-        environment = {**os.environ, "PIP_USER": "0"}
+        environment = {**os.environ, "PIP_USER": "0", **variables}
         with self._log.open("w", encoding="utf-8") as log:
             code = subprocess.call([*command, *words], stderr=log, env=environment)
         if code:
@@ -209,6 +288,14 @@ def _pip_failure(log: Path) -> str:
         return (
             "The package index could not be reached: connect, or name a mirror in PIP_INDEX_URL, "
             f"and run the same command again (what pip said: {log})."
+        )
+    wrong = OTHER_HASH.search(text)
+    if wrong:
+        return (
+            f"{wrong[2]} is not the {wrong[1]} whose hashes stand in tools/pins/hashes (its "
+            f"SHA-256 is {wrong[3]}), so pip installed nothing: take no package from that place "
+            "before you know why it differs; another index can be named in PIP_INDEX_URL (all "
+            f"that pip said: {log})."
         )
     errors = [line for line in text.splitlines() if line.startswith("ERROR: ")]
     said = errors[-1].removeprefix("ERROR: ") if errors else "no reason given"
