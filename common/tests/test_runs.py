@@ -74,6 +74,14 @@ def test_a_models_own_check_sees_all_processes_and_the_kind(model: runs.Model) -
     assert model.config(model.run("eval"), []).data.batch_size == 32
 
 
+def test_a_model_without_a_recipe_for_fewer_machines_takes_one_number(model: runs.Model) -> None:
+    train = model.run("train")
+    with pytest.raises(UserError, match=r"--nnodes=1:2: Checked has no recipe .* give one number"):
+        model.config(train, ["--nnodes=1:2"])
+    evaluate = model.config(model.run("eval"), ["--nnodes=1:2"])
+    assert (evaluate.launch.nnodes, evaluate.launch.processes) == ("1:2", 3)
+
+
 def test_a_config_in_python_is_answered_with_the_file_that_has_its_recipe(
     model: runs.Model,
 ) -> None:

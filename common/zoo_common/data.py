@@ -4,6 +4,8 @@ Nothing here depends on what went before in a run. Step s lies in epoch e = s //
 the order of epoch e is a function of (seed, e), and the random augmentation of an item is a
 function of (seed, e, index). So the data position of a run is its step number alone, one stream
 serves the whole run, and neither the number of workers nor that of processes changes a picture.
+Only where the global batch changed in an epoch, the rest of that epoch depends on what was met of
+it before, see ``elastic.Met``.
 
 Shape letters: B images, C channels (RGB), H W pixels, D numbers that a transform left behind.
 """
@@ -26,8 +28,10 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
+from zoo_common.beats import beat
 from zoo_common.damage import Damaged, DamagedItems, DamagedShare
 from zoo_common.data_workers import WorkerInit, check_shared_memory
+from zoo_common.elastic import Met
 from zoo_common.errors import UserError
 from zoo_common.images import DamagedImageError, read_image
 
@@ -50,6 +54,10 @@ class StepSampler:
     The global batch of a step is a contiguous slice of the epoch's order, and rank r takes its
     r-th part, so that the global batch does not depend on the number of processes. What does not
     fill a global batch at the end of an epoch is dropped from that epoch.
+
+    Attributes:
+        met: What other processes met of an epoch; where its order depends on their number, the
+            order goes on with what they left.
 
     Args:
         size: Number of items.
@@ -79,6 +87,7 @@ class StepSampler:
     ) -> None:
         assert 0 <= rank < world_size
         self.steps_per_epoch = steps_per_epoch(size, batch_size, world_size)
+        self.met: tuple[Met, ...] = ()
         self.start_step = start_step
         self.total_steps = total_steps
         self.batch_size = batch_size
@@ -472,10 +481,16 @@ class BatchStream(Generic[AnyBatchT]):
         assert isinstance(self._batches, StepSampler)
         return self._batches.steps_per_epoch
 
-    def seek(self, step: int) -> None:
-        """Sets the step at which the next iteration of a training stream begins."""
+    def seek(self, step: int, met: tuple[Met, ...] = ()) -> None:
+        """Sets the step at which the next iteration of a training stream begins.
+
+        Args:
+            step: Finished steps, in steps of this stream.
+            met: What other processes met of its epoch.
+        """
         assert isinstance(self._batches, StepSampler)
         self._batches.start_step = step
+        self._batches.met = met
 
     def __iter__(self) -> Iterator[AnyBatchT]:
         self.close()
@@ -486,12 +501,14 @@ class BatchStream(Generic[AnyBatchT]):
     def __next__(self) -> AnyBatchT:
         try:
             while self._iterator is not None:
+                beat("waiting for a batch")
                 made = next(self._iterator)
                 if isinstance(made, _Refusal):
                     raise UserError(made.message)
                 batch: AnyBatchT = made
                 self.damaged.add(batch.damaged)
                 if batch.item_ids:  # every image of an evaluation batch may be damaged
+                    beat("work on a batch", working=True)
                     return batch
         except BaseException:  # the end of the data, too much damage, an error in a worker
             self.close()

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -32,6 +33,7 @@ from zoo_common.config import (
     Field,
     build_config,
     fields_of,
+    node_range,
     options_of,
     read_yaml,
     take_config_file,
@@ -81,6 +83,8 @@ class Model:
     config, the number of processes on all machines, and the run's kind."""
     their_configs: Mapping[str, str] = field(default_factory=dict)
     """The original's Python configs by file name, and the file here that has the recipe of each."""
+    for_world: Callable[[Any, int], Any] | None = None
+    """The config for a number of processes other than the most, from both."""
     check_files: Callable[[Any, str], None] | None = None
     """Tells, before anything starts, what a run needs beside its data set and has not, from the
     config, whose data set was found, and the run's kind."""
@@ -119,7 +123,8 @@ class Model:
             environment: where ASCEND_DEVICE_ID is looked up, as the original's scripts do.
 
         Raises:
-            UserError: see :func:`zoo_common.config.load_config`.
+            UserError: see :func:`zoo_common.config.load_config`; or settings that do not fit one
+                another on one of the numbers of machines that ``--nnodes`` allows.
         """
         file, rest = take_config_file(words)
         own = [
@@ -133,10 +138,26 @@ class Model:
         given = parse(rest, self._words(), paths)
         chosen = self._found(file, environment or {}) if file else self.directory / spec.config
         config: Any = build_config(self.schema, [chosen], own + given, self.card_options)
-        if self.check is not None:
-            launch = config.launch
-            self.check(config, (launch.processes or spec.devices) * launch.nnodes, spec.kind)
+        config.launch.processes = config.launch.processes or spec.devices
+        self._check_worlds(config, spec.kind)
         return config
+
+    def _check_worlds(self, config: Any, kind: str) -> None:
+        least, most = node_range(config.launch)
+        processes, check = config.launch.processes, self.check
+        if least < most and self.for_world is None and kind != "eval":
+            raise UserError(
+                f"--nnodes={config.launch.nnodes}: {self.network} has no recipe for a number of "
+                "machines that changes: give one number."
+            )
+        if check is None:
+            return
+        check(config, processes * most, kind)
+        for nodes in range(least, most):
+            scaled = config
+            if self.for_world is not None and kind != "eval":
+                scaled = self.for_world(config, processes * nodes)
+            check(scaled, processes * nodes, kind)
 
     def _found(self, file: Path, environment: Mapping[str, str]) -> Path:
         """A config file as the user names it: from where they stand, or from the model."""
@@ -144,8 +165,11 @@ class Model:
             ours = self.their_configs.get(file.name)
             advice = f"its recipe is {ours}" if ours else "give a YAML file, as those in configs"
             raise UserError(f"--config={file}: configs in Python are not run here: {advice}.")
-        seen = Path(environment.get(CALLER_VARIABLE, ".")) / file.expanduser()
-        return seen if seen.exists() else self.directory / file
+        try:
+            seen = Path(environment.get(CALLER_VARIABLE, ".")) / file.expanduser()
+            return seen if seen.exists() else self.directory / file
+        except (OSError, RuntimeError, ValueError) as error:  # too long, or nobody's home
+            raise UserError(f"--config={str(file)[:100]} is no file ({error!s:.100}).") from error
 
 
 def load(directory: Path) -> Model:
@@ -160,14 +184,15 @@ def load(directory: Path) -> Model:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(_RunsFile), read_yaml(file))
         content: _RunsFile = OmegaConf.to_object(merged)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        raise UserError(f"{file} does not fit: {str(error).splitlines()[0]}.") from error
+    except (OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file} does not fit: {why:.200}.") from error
     for name, spec in content.runs.items():
         if spec.kind not in KINDS:
             raise UserError(f"{file}: kind of {name} must be one of {', '.join(KINDS)}.")
     if str(directory) not in sys.path:
         sys.path.insert(0, str(directory))
-    module = importlib.import_module(f"{content.package}.config")
+    module = _config_of(content.package, file)
     return Model(
         directory,
         content.network,
@@ -176,5 +201,20 @@ def load(directory: Path) -> Model:
         module.CARD_OPTIONS,
         getattr(module, "check", None),
         getattr(module, "THEIR_CONFIGS", {}),
+        getattr(module, "for_world", None),
         getattr(module, "check_files", None),
     )
+
+
+def _config_of(package: str, file: Path) -> ModuleType:
+    """The module ``config`` of a model's package."""
+    name = f"{package}.config"
+    if package.isidentifier() and package.isascii():
+        try:
+            module = importlib.import_module(name)
+            if hasattr(module, "Config") and hasattr(module, "CARD_OPTIONS"):
+                return module
+        except ModuleNotFoundError as error:
+            if error.name not in (package, name):
+                raise  # one that the package itself needs
+    raise UserError(f"{file}: there is no package {package!r:.60} with a config of settings.")

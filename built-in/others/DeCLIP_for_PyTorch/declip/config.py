@@ -6,6 +6,7 @@ what the published recipes set otherwise. What the original's configs call a set
 declip.upstream_keys. No torch here: help texts come at once.
 """
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from declip.upstream_keys import CARD_KEYS, assignments_of
+from zoo_common import elastic
 from zoo_common.config import (
     CardOptions,
     LaunchConfig,
@@ -260,6 +262,30 @@ def check(config: Config, world_size: int, kind: str) -> None:
             "part with the texts of that part only, which is another loss: leave it at 1, and "
             "take more cards or a smaller --batch_size."
         )
+
+
+def for_world(config: Config, world_size: int) -> Config:
+    """The settings for another number of processes than a recipe is written for.
+
+    Args:
+        config: the settings; they stay as they are.
+        world_size: processes on all machines.
+
+    Raises:
+        UserError: see :func:`zoo_common.elastic.share`.
+    """
+    share = elastic.share(config, world_size)
+    scaled = copy.deepcopy(config)
+    elastic.scale_run(scaled.run, share)
+    optimizer, schedule = scaled.optimizer, scaled.schedule
+    optimizer.lr *= float(share)
+    optimizer.peak_lr *= float(share)
+    optimizer.min_lr *= float(share)
+    optimizer.warmup_steps = elastic.steps_for(optimizer.warmup_steps, share)
+    schedule.steps = elastic.steps_for(schedule.steps, share)
+    schedule.save_every = elastic.steps_for(schedule.save_every, share)
+    scaled.evaluate.every = elastic.steps_for(scaled.evaluate.every, share)
+    return scaled
 
 
 def check_files(config: Config, kind: str) -> None:

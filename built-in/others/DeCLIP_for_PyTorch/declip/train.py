@@ -10,7 +10,7 @@ from pathlib import Path
 
 from declip import data, recipe, weights
 from declip.batch import Batch
-from declip.config import CARD_OPTIONS, Config, check
+from declip.config import CARD_OPTIONS, Config, check, for_world
 from declip.evaluate import METRIC, build_held_out, evaluate, open_tokenizer
 from declip.model import CLIP, build_model, to_device
 from declip.objective import Objective
@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(Config, sys.argv[1:] if argv is None else argv, CARD_OPTIONS)
     with start_run(config, METRIC) as run:
         world_size = run.processes.world_size
+        config = for_world(config, world_size)
         check(config, world_size, "acc")
         tokenizer = open_tokenizer(config)
         train_data = data.open_train(config, tokenizer, run, total_steps(config))
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             precision.step(run.total(losses, batch.item_ids))
             recipe.clamp_scale(model, optimizer, config.loss)
             run.log(state, lr, {"logit_scale": model.logit_scale})
-            if run.due(state, config.schedule.save_every):
+            if run.due(state, config.run.save_every or config.schedule.save_every):
                 run.save(state)
             if held_out and run.due(state, config.evaluate.every):
                 evaluate(run, model, held_out, config, state)

@@ -6,6 +6,7 @@ another run sets otherwise. What upstream's names for settings mean stands in gl
 No torch here: help texts come at once.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from glip.bert import find_bert
 from glip.upstream_keys import CARD_KEYS, settings_of
+from zoo_common import elastic
 from zoo_common.config import (
     CardOptions,
     LaunchConfig,
@@ -318,6 +320,35 @@ def check(config: Config, world_size: int, kind: str) -> None:
             f"precision.accumulate={parts} does not divide the {batch // world_size} images of "
             "each process: take a divisor."
         )
+
+
+def for_world(config: Config, world_size: int) -> Config:
+    """The settings for another number of processes than a recipe is written for.
+
+    Args:
+        config: the settings; they stay as they are.
+        world_size: processes on all machines.
+
+    Raises:
+        UserError: see :func:`zoo_common.elastic.share` and ``batch_for`` there.
+    """
+    share = elastic.share(config, world_size)
+    scaled = copy.deepcopy(config)
+    elastic.scale_run(scaled.run, share)
+    scaled.data.batch_size = elastic.batch_for(config.data.batch_size, share)
+    solver = scaled.solver
+    solver.base_lr *= float(share)
+    solver.lang_lr *= float(share)
+    solver.max_iter = elastic.steps_for(solver.max_iter, share)
+    solver.early_stop = elastic.steps_for(solver.early_stop, share)
+    solver.steps = [
+        fall if fall < 1 else elastic.steps_for(int(fall), share) for fall in solver.steps
+    ]
+    solver.warmup_iters = elastic.steps_for(solver.warmup_iters, share)
+    solver.ema = elastic.average_for(solver.ema, share)
+    solver.checkpoint_every = elastic.steps_for(solver.checkpoint_every, share)
+    scaled.evaluate.every = elastic.steps_for(scaled.evaluate.every, share)
+    return scaled
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -105,7 +105,9 @@ def set_lr(
     """Sets the rates of step number ``step`` (from 0); returns that of most weights."""
     factor = lr_factor(step, config, planned)
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        # Groups come from a checkpoint, whose run may have had another number of processes.
+        share = config.base_lr / group.setdefault("for_base_lr", config.base_lr)
+        group["lr"] = group["base_lr"] * share * factor
     return config.base_lr * factor
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from glip import data, weights
 from glip.bert import find_bert
-from glip.config import CARD_OPTIONS, Config, check
+from glip.config import CARD_OPTIONS, Config, check, for_world
 from glip.evaluate import METRIC, evaluate
 from glip.model import FLOAT32_INPUTS, GLIP, build_model, to_device
 from glip.recipe import (
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains, saves, and evaluates at the end."""
     config = load_config(Config, sys.argv[1:] if argv is None else argv, CARD_OPTIONS)
     with start_run(config, METRIC) as run:
+        config = for_world(config, run.processes.world_size)
         check(config, run.processes.world_size, "acc")
         encoder = data.open_encoder(config)
         index = data.open_train(config, encoder)
@@ -75,10 +76,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 with precision.autocast(network):
                     losses = network(part)
                 precision.step(run.total(losses, part.item_ids))
-            if average is not None:
+            if average is not None and not run.left_out:
                 average.update()
             run.log(state, lr)
-            if run.due(state, solver.checkpoint_every):
+            if run.due(state, config.run.save_every or solver.checkpoint_every):
                 run.save(state)
             if run.due(state, config.evaluate.every):
                 with weights_to_score(config, average):

@@ -99,6 +99,18 @@ def test_equal_settings_share_a_group_whose_rate_follows_the_plan_also_after_a_r
         assert rates == pytest.approx([0.05, 0.1, 0.1, 0.2])
 
 
+def test_rates_follow_the_processes_of_a_resumed_run() -> None:
+    model = nn.ModuleDict({"language_backbone": nn.Linear(2, 2, False), "rpn": nn.Linear(2, 2)})
+    before = SolverConfig(base_lr=1.0, lang_lr=0.5, warmup_iters=0)
+    now = SolverConfig(base_lr=0.75, lang_lr=0.375, warmup_iters=0)
+    first = build_optimizer(model, before)
+    set_lr(first, 0, before, 100)
+    fewer = build_optimizer(model, now)
+    fewer.load_state_dict(first.state_dict())
+    assert set_lr(fewer, 0, now, 100) == 0.75
+    assert [group["lr"] for group in fewer.param_groups] == [0.375, 0.75, 1.5]
+
+
 def stepped(model: nn.Module, level: str, count: int) -> tuple[Precision, WeightAverage]:
     """A model after steps that each add 1 to its weight."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)

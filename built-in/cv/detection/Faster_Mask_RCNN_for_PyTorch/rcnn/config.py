@@ -5,6 +5,7 @@ be792b95); configs/*.yaml say what a published run sets otherwise. detectron2's 
 these settings stand in rcnn.detectron2_keys. No torch here: help texts come at once.
 """
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import PurePath
 from typing import Any
 
 from rcnn.detectron2_keys import CARD_KEYS, LEVELS, PUBLISHED
+from zoo_common import elastic
 from zoo_common.config import (
     CardOptions,
     LaunchConfig,
@@ -314,6 +316,30 @@ def check(config: Config, world_size: int, kind: str) -> None:
             f"precision.accumulate={parts} does not divide the {batch // world_size} images of "
             "each process: take a divisor."
         )
+
+
+def for_world(config: Config, world_size: int) -> Config:
+    """The settings for another number of processes than a recipe is written for.
+
+    Args:
+        config: the settings; they stay as they are.
+        world_size: processes on all machines.
+
+    Raises:
+        UserError: see :func:`zoo_common.elastic.share` and ``batch_for`` there.
+    """
+    share = elastic.share(config, world_size)
+    scaled = copy.deepcopy(config)
+    elastic.scale_run(scaled.run, share)
+    scaled.data.batch_size = elastic.batch_for(config.data.batch_size, share)
+    solver = scaled.solver
+    solver.base_lr *= float(share)
+    solver.max_iter = elastic.steps_for(solver.max_iter, share)
+    solver.steps = [elastic.steps_for(fall, share) for fall in solver.steps]
+    solver.warmup_iters = elastic.steps_for(solver.warmup_iters, share)
+    solver.checkpoint_every = elastic.steps_for(solver.checkpoint_every, share)
+    scaled.evaluate.every = elastic.steps_for(scaled.evaluate.every, share)
+    return scaled
 
 
 def _check_model(config: Config) -> None:

@@ -59,5 +59,7 @@ def set_lr(optimizer: torch.optim.Optimizer, step: int, config: SolverConfig) ->
     factor = lr_factor(step, config)
     for group in optimizer.param_groups:
         group.setdefault("base_lr", group["lr"])
-        group["lr"] = group["base_lr"] * factor
+        # Groups come from a checkpoint, whose run may have had another number of processes.
+        share = config.base_lr / group.setdefault("for_base_lr", config.base_lr)
+        group["lr"] = group["base_lr"] * share * factor
     return config.base_lr * factor

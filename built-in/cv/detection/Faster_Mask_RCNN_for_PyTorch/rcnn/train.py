@@ -13,7 +13,7 @@ from torch import nn
 
 from rcnn import data, weights
 from rcnn.backbone import measure_frozen_norms
-from rcnn.config import CARD_OPTIONS, Config, check
+from rcnn.config import CARD_OPTIONS, Config, check, for_world
 from rcnn.evaluate import METRIC, evaluate
 from rcnn.model import FLOAT32_INPUTS, GeneralizedRCNN, build_model, to_device
 from rcnn.recipe import build_optimizer, set_lr
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains, saves, and evaluates at the end."""
     config = load_config(Config, sys.argv[1:] if argv is None else argv, CARD_OPTIONS)
     with start_run(config, METRIC) as run:
+        config = for_world(config, run.processes.world_size)
         check(config, run.processes.world_size, "acc")
         index = data.open_train(config)
         held_out = data.open_val(config)
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     losses = network(part)
                 precision.step(run.total(losses, part.item_ids))
             run.log(state, lr)
-            if run.due(state, solver.checkpoint_every):
+            if run.due(state, config.run.save_every or solver.checkpoint_every):
                 run.save(state)
             if run.due(state, config.evaluate.every):
                 evaluate(run, model, held_out, config, state)

@@ -44,3 +44,18 @@ def test_rates_follow_the_schedule_also_after_a_resume() -> None:
         set_lr(optimizer, 60_000, config)
         assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.002, 0.004])
     assert isinstance(first, torch.optim.SGD)
+
+
+def test_rates_follow_the_processes_of_a_resumed_run() -> None:
+    model = nn.Linear(1, 1)
+    before, now = SolverConfig(bias_lr_factor=2.0), SolverConfig(base_lr=0.01, bias_lr_factor=2.0)
+    first = build_optimizer(model, before)
+    set_lr(first, 2000, before)
+    fewer = build_optimizer(model, now)
+    fewer.load_state_dict(first.state_dict())
+    assert set_lr(fewer, 2000, now) == 0.01
+    assert [g["lr"] for g in fewer.param_groups] == [0.01, 0.02]
+    again = build_optimizer(model, before)
+    again.load_state_dict(fewer.state_dict())
+    set_lr(again, 2000, before)
+    assert [g["lr"] for g in again.param_groups] == [0.02, 0.04]

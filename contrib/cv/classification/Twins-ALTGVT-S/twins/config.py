@@ -4,8 +4,10 @@ Defaults are the recipe of upstream's main.py (facts per field in its help); con
 what a published run sets otherwise. No torch here: help texts come at once.
 """
 
+import copy
 from dataclasses import dataclass
 
+from zoo_common import elastic
 from zoo_common.config import LaunchConfig, PrecisionConfig, RunConfig, section, setting
 
 
@@ -136,3 +138,22 @@ CARD_OPTIONS: dict[str, str | tuple[str, ...]] = {
     "--finetune_pth": "weights.finetune",
     "--checkpoint": "weights.checkpoint",
 }
+
+
+def for_world(config: Config, world_size: int) -> Config:
+    """The settings for another number of processes than a recipe is written for.
+
+    Lengths are epochs, and the learning rate is written for 512 images: both follow by themselves.
+
+    Args:
+        config: the settings; they stay as they are.
+        world_size: processes on all machines.
+
+    Raises:
+        UserError: see :func:`zoo_common.elastic.share`.
+    """
+    share = elastic.share(config, world_size)
+    scaled = copy.deepcopy(config)
+    elastic.scale_run(scaled.run, share)
+    scaled.optimizer.ema = elastic.average_for(config.optimizer.ema, share)
+    return scaled

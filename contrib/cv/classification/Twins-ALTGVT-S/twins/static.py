@@ -17,6 +17,7 @@ from zoo_common.amp import Precision
 from zoo_common.config import PrecisionConfig
 from zoo_common.data import Batch, Normalize, kept_rng, seed_rng
 from zoo_common.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from zoo_common.loss_watch import LossWatch
 
 CLASSES, IMAGES, SIZE = 10, 4, 64
 POOL = 6  # batches, taken in turn
@@ -41,6 +42,7 @@ def build(
     model = make_model(config, device)
     optimizer = recipe.build_optimizer(model, lr=1e-3)
     precision = Precision(config.precision, model, optimizer, device)
+    watch = LossWatch(0, spike_factor=config.run.spike_factor)
 
     def step(index: int) -> None:
         host = batches[index % POOL]
@@ -53,6 +55,7 @@ def build(
         )
         with precision.autocast():
             loss = criterion(model(images_BCHW), targets)
+        watch.add(index, {"loss": loss}, host.item_ids)
         precision.step(loss)
 
     return step

@@ -13,7 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from twins import recipe
-from twins.config import CARD_OPTIONS, Config
+from twins.config import CARD_OPTIONS, Config, for_world
 from twins.data import Preprocess, build_train_data
 from twins.evaluate import METRIC, build_held_out_data, evaluate
 from twins.model import build_model
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains, saves and evaluates after every epoch, and at the end."""
     config = load_config(Config, sys.argv[1:] if argv is None else argv, CARD_OPTIONS)
     with start_run(config, METRIC) as run:
+        config = for_world(config, run.processes.world_size)
         index = build_index(config.data.path, "train")
         classes = config.model.num_classes or len(index.classes)
         train_data = build_stream(config, index, run)
@@ -80,13 +81,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 with precision.autocast(network):
                     loss = criterion(network(part[0]), part[1])
                 precision.step(run.total({"loss": loss}, batch.item_ids))
-            if ema is not None:
+            if ema is not None and not run.left_out:
                 ema.update(model)
             run.log(state, lr)
-            if run.due(state, train_data.steps_per_epoch):
+            if run.due(state, config.run.save_every or train_data.steps_per_epoch):
                 run.save(state)
-                if run.due(state, config.evaluate.every * train_data.steps_per_epoch):
-                    evaluate(run, ema or model, val_data, config, state)
+            if run.due(state, config.evaluate.every * train_data.steps_per_epoch):
+                evaluate(run, ema or model, val_data, config, state)
 
         run.save(state)
         if config.evaluate.every and not run.interrupted:

@@ -5,6 +5,7 @@ configs/*.yaml say what another published run sets otherwise. What the original'
 config dictionaries mean stands in solov2.upstream_keys. No torch here: help texts come at once.
 """
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import PurePath
 from typing import Any
 
 from solov2.upstream_keys import CARD_KEYS, settings_of
+from zoo_common import elastic
 from zoo_common.config import (
     CardOptions,
     LaunchConfig,
@@ -326,6 +328,29 @@ def check(config: Config, world_size: int, kind: str) -> None:
             f"precision.accumulate={parts} does not divide the {batch} images of each process "
             "(data.batch_size): take a divisor."
         )
+
+
+def for_world(config: Config, world_size: int) -> Config:
+    """The settings for another number of processes than a recipe is written for.
+
+    Lengths are epochs, which follow by themselves, as the rate does under ``autoscale_lr``.
+
+    Args:
+        config: the settings; they stay as they are.
+        world_size: processes on all machines.
+
+    Raises:
+        UserError: see :func:`zoo_common.elastic.share`.
+    """
+    share = elastic.share(config, world_size)
+    scaled = copy.deepcopy(config)
+    elastic.scale_run(scaled.run, share)
+    solver = scaled.solver
+    if not solver.autoscale_lr:
+        solver.base_lr *= float(share)
+    solver.warmup_iters = elastic.steps_for(solver.warmup_iters, share)
+    solver.performance_steps = elastic.steps_for(solver.performance_steps, share)
+    return scaled
 
 
 def _check_model(model: ModelConfig) -> None:

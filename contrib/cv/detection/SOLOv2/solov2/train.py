@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from solov2 import data, weights
-from solov2.config import CARD_OPTIONS, Config, check
+from solov2.config import CARD_OPTIONS, Config, check, for_world
 from solov2.evaluate import METRIC, evaluate
 from solov2.layers import measure_norms
 from solov2.model import FLOAT32_INPUTS, SOLOv2, build_model, to_device
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.evaluate.every, config.evaluate.at_end = 0, False
     with start_run(config, METRIC) as run:
         world_size = run.processes.world_size
+        config = for_world(config, world_size)
         check(config, world_size, "acc")
         index = data.open_train(config)
         held_out = data.open_val(config)
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     losses = network(part)
                 precision.step(run.total(losses, part.item_ids))
             run.log(state, lr)
-            if run.due(state, solver.checkpoint_every * per_epoch):
+            if run.due(state, config.run.save_every or solver.checkpoint_every * per_epoch):
                 run.save(state)
             if run.due(state, config.evaluate.every * per_epoch):
                 evaluate(run, model, held_out, config, state)
