@@ -150,6 +150,77 @@ def test_damaged_files_are_told(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "other.pth")
 
 
+def test_no_flipped_bit_gets_into_a_tensor(tmp_path: Path) -> None:
+    """torch.load takes each of these numbers as it is."""
+    whole, path = tmp_path / "whole.pth", tmp_path / "flipped.pth"
+    weights = {"0.weight": torch.arange(64.0).view(8, 8), "0.bias": torch.arange(5)}
+    checkpoint.save(whole, {"model": weights, "step": 3})
+    data = whole.read_bytes()
+    refused = taken = 0
+    for place in range(0, len(data), 5):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            loaded = checkpoint.load(path)
+        except UserError as error:
+            assert str(path) in str(error)
+            refused += 1
+            continue
+        taken += 1  # in the zip's padding, times and the like
+        assert loaded["step"] == 3
+        assert list(loaded["model"]) == list(weights)
+        assert all(torch.equal(loaded["model"][name], weights[name]) for name in weights), place
+    assert refused > 100
+    start = data.index(weights["0.weight"].numpy().tobytes())
+    flipped = bytearray(data)
+    flipped[start + 7] ^= 1
+    path.write_bytes(flipped)
+    assert not torch.equal(torch.load(path)["model"]["0.weight"], weights["0.weight"])
+    with pytest.raises(UserError, match=r"flipped\.pth is damaged \(Bad CRC-32 for file"):
+        checkpoint.load(path)
+
+
+def test_a_file_that_was_written_without_checksums_is_read(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"model": {"w": torch.ones(3)}}, tmp_path / "w.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(checkpoint.load(tmp_path / "w.pth")["model"]["w"], torch.ones(3))
+
+
+@pytest.mark.device
+def test_a_snapshot_is_of_its_moment_and_keeps_tied_weights_tied(tmp_path: Path) -> None:
+    model = network().to(DEVICE)
+    weights = model.state_dict()
+    weights["tied"] = weights["0.weight"]
+    queue, losses = torch.ones(4), [1.0]
+    content = {"model": weights, "parts": {"queue": queue}, "losses": losses, "own": [queue]}
+    before = {name: value.clone().cpu() for name, value in weights.items()}
+    taken = checkpoint.snapshot(content, unshared=["own"])
+    with torch.no_grad():
+        for value in (*model.parameters(), queue):
+            value.add_(1)
+    losses.append(2.0)
+    assert all(torch.equal(taken["model"][name], value) for name, value in before.items())
+    assert torch.equal(taken["parts"]["queue"], torch.ones(4))
+    assert taken["losses"] == [1.0]
+    assert taken["own"][0] is queue
+    assert taken["model"]["tied"] is taken["model"]["0.weight"]
+    assert taken["model"]._metadata["0"] == {"version": 1}
+
+
+def test_the_size_of_a_checkpoint_is_known_before(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 300))
+    weights = model.state_dict()
+    weights["tied"] = weights["0.weight"]
+    content = {"model": weights, "rng": [torch.get_rng_state()], "step": 3}
+    checkpoint.save(tmp_path / "c.pth", content)
+    written = (tmp_path / "c.pth").stat().st_size
+    assert written <= checkpoint.size_of(content) <= 1.02 * written
+
+
 def test_weights_of_another_model_are_named_and_a_new_head_is_allowed() -> None:
     other = {**network(7).state_dict(), "extra": torch.zeros(1)}
     with pytest.raises(UserError) as error:

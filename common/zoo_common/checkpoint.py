@@ -7,23 +7,30 @@ A training checkpoint is a dict of plain containers and tensors::
 
 ``model`` has the published keys and float32 weights, so that a checkpoint is at the same time a
 weights file for any tool that reads ``{"model": state_dict}``.
+
+The file is torch.save's, a zip of one record a tensor with the CRC-32 of each. torch.load reads
+past those; :func:`load` checks them first.
 """
 
 import argparse
 import contextlib
 import copy
+import errno
 import os
 import pickle
 import random
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zoo_common import flaky
 from zoo_common.errors import TrainingError, UserError
 
 T = TypeVar("T")
@@ -54,29 +61,50 @@ class _Unread:
 
 
 class SaveError(TrainingError):
-    """A checkpoint could not be written; the one before is untouched."""
+    """A checkpoint could not be written; what was there before is untouched.
+
+    Attributes:
+        what: what happened and what is kept, without advice and full stop.
+    """
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(f"{what}: {advice} and continue with --resume.")
+        self.what = what
 
 
-def save(path: Path, content: Mapping[str, Any]) -> None:
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some room"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "let it be written to"),
+}
+_BYTES_BESIDE_A_TENSOR = 512
+"""Of its record's head, padding and entry in the list of records, and of its pickle: at most."""
+
+
+def save(
+    path: Path, content: Mapping[str, Any], kept: str = "the one saved before, if any, is whole"
+) -> None:
     """Writes a checkpoint so that a kill at any moment leaves the old or the new one, whole.
 
     Args:
         path: the file; a temporary one beside it is renamed over it at the end.
         content: plain containers and tensors only; tensors of any device are written as the
             CPU's, since torch reads others only where there is such a device.
+        kept: what is there when this one cannot be written, for the message.
 
     Raises:
-        SaveError: the disk is full, read-only or gone.
+        SaveError: the disk has not the room, is full, read-only or gone.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        moved = _on_cpu(dict(content), {}, copies=False)
+        check_space(path.parent, size_of(moved))
         with partial.open("wb") as stream:
-            torch.save(_on_cpu(dict(content), {}), stream)
+            torch.save(moved, stream)
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -84,25 +112,80 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
         if cause is None:
             raise
         raise SaveError(
-            f"Cannot write the checkpoint {path}: {cause.strerror}; "
-            "the one saved before, if any, is whole: free some room and continue with --resume."
+            f"Cannot write the checkpoint {path}: {cause.strerror}; {kept}",
+            _ADVICE.get(cause.errno or 0, "look at the disk"),
         ) from error
 
 
-def _on_cpu(node: Any, moved: dict[object, Tensor]) -> Any:
+def snapshot(content: Mapping[str, Any], unshared: Collection[str] = ()) -> dict[str, Any]:
+    """A copy that training cannot change any more, with all tensors on the CPU.
+
+    Args:
+        content: plain containers and tensors.
+        unshared: keys of it whose tensors nobody else holds, which are not copied.
+    """
+    moved: dict[object, Tensor] = {}
+    return {
+        name: _on_cpu(value, moved, copies=name not in unshared) for name, value in content.items()
+    }
+
+
+def size_of(content: Any) -> int:
+    """Bytes that a checkpoint takes on the disk, tied weights counted once; slightly too many."""
+    sizes: dict[int, int] = {}
+
+    def note(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            if leaf.device.type == "cpu":
+                storage = leaf.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+            else:  # of a storage there, only this part comes along
+                sizes[leaf.data_ptr()] = leaf.numel() * leaf.element_size()
+        return leaf
+
+    _with_leaves(content, note)
+    return sum(sizes.values()) + _BYTES_BESIDE_A_TENSOR * len(sizes)
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Looks whether a disk has so much room; a quota shows at the writing only.
+
+    Args:
+        directory: an existing one.
+        needed: bytes.
+
+    Raises:
+        OSError: ENOSPC, with both numbers in its text.
+    """
+    disk = os.statvfs(directory)
+    free = disk.f_bavail * disk.f_frsize
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"{os.strerror(errno.ENOSPC)}, it needs {_amount(needed)} and {_amount(free)} are free",
+        )
+
+
+def _amount(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size >= 100_000 else f"{size:,} bytes"
+
+
+def _on_cpu(node: Any, moved: dict[object, Tensor], *, copies: bool) -> Any:
     """A copy of containers with all tensors on the CPU.
 
     Args:
         node: plain containers and tensors.
         moved: what was moved already, so that tied weights are written once and stay tied.
+        copies: whether what is on the CPU already is copied too.
     """
 
     def move(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.device.type == "cpu":
+        on_cpu = isinstance(leaf, Tensor) and leaf.device.type == "cpu"
+        if not isinstance(leaf, Tensor) or (on_cpu and not copies):
             return leaf
         key = (leaf.data_ptr(), leaf.dtype, leaf.shape, leaf.stride(), leaf.device)
         if key not in moved:
-            moved[key] = leaf.detach().cpu()
+            moved[key] = leaf.detach().clone() if on_cpu else leaf.detach().cpu()
         return moved[key]
 
     return _with_leaves(node, move)
@@ -153,17 +236,32 @@ def load(path: Path) -> dict[str, Any]:
         UserError: no such file, truncated or damaged, holds more than plain data, or no weights.
     """
     try:
+        flaky.retried(lambda: _check_sums(path), path)
         unread = [(_Unread, name) for name in _BESIDE_WEIGHTS]
-        with torch.serialization.safe_globals([argparse.Namespace, *unread]):  # DeiT-style "args"
+        with (
+            torch.serialization.safe_globals([argparse.Namespace, *unread]),  # DeiT-style "args"
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # torch's, of pickle protocols
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except zipfile.BadZipFile as error:
+        raise UserError(
+            f"The checkpoint {path} is damaged ({error}): give a whole .pth file."
+        ) from error
     except OSError as error:
-        raise UserError(f"Cannot read the checkpoint {path}: {error.strerror}.") from error
+        why = error.strerror or "it is damaged"
+        raise UserError(f"Cannot read the checkpoint {path}: {why}.") from error
     except pickle.UnpicklingError as error:
         raise UserError(
             f"The checkpoint {path} was refused: it is damaged or holds more than tensors and "
             "plain values, which could run code; save it again with its state_dict only."
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except MemoryError as error:
+        raise UserError(
+            f"The checkpoint {path} is damaged, or larger than this machine's memory: give a whole "
+            ".pth file."
+        ) from error
+    except Exception as error:  # torch's unpickler follows a damaged file until anything fails
         raise UserError(
             f"The checkpoint {path} is damaged or no PyTorch checkpoint: give a whole .pth file."
         ) from error
@@ -171,17 +269,56 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"The checkpoint {path} holds no dict of weights, but a {type(content)}.")
     for key in _MODEL_KEYS:
         if isinstance(content.get(key), dict):
-            if any(isinstance(value, _Unread) for value in content[key].values()):
+            if not all(map(_is_weight, content[key].items())):
                 raise UserError(
                     f"The checkpoint {path} was refused: its weights are no tensors; save it again "
                     "with its state_dict only."
                 )
             return {**content, "model": without_prefix(content[key])}
-    if content and all(isinstance(value, Tensor) for value in content.values()):
+    tensors = content and all(isinstance(value, Tensor) for value in content.values())
+    if tensors and all(map(_is_weight, content.items())):
         return {"model": without_prefix(content)}
-    raise UserError(
-        f"The checkpoint {path} holds no weights: it has the keys {', '.join(map(str, content))}."
-    )
+    keys = ", ".join(f"{key!s:.40}" for key in list(content)[:10])
+    more = ", ..." if len(content) > 10 else ""
+    raise UserError(f"The checkpoint {path} holds no weights: it has the keys {keys}{more}.")
+
+
+def _check_sums(path: Path) -> None:
+    """Reads a zip file through and compares the CRC-32 of each record.
+
+    Files of other formats have none, nor have those that torch was told to write without; these
+    hold 0 for each.
+
+    Raises:
+        zipfile.BadZipFile: a record differs; other errors come of damaged heads.
+    """
+    with path.open("rb") as stream:
+        if stream.read(len(_ZIP_HEAD)) != _ZIP_HEAD:
+            return
+        with zipfile.ZipFile(cast(BinaryIO, stream)) as archive:
+            records = archive.infolist()
+            if not any(record.CRC for record in records):
+                return
+            for record in records:
+                with archive.open(record) as content:
+                    while content.read(_BLOCK_BYTES):
+                        pass
+
+
+_ZIP_HEAD = b"PK\x03\x04"
+_BLOCK_BYTES = 1 << 20
+
+
+def _is_weight(item: tuple[Any, Any]) -> bool:
+    """Whether a name and what it stands for can be of a state_dict.
+
+    Some runners have plain values among the tensors; a tensor must have its numbers with it.
+    """
+    name, value = item
+    if isinstance(value, Tensor):
+        plain = value.layout == torch.strided and not value.is_quantized
+        return isinstance(name, str) and plain and value.device.type == "cpu"
+    return isinstance(name, str) and not isinstance(value, _Unread)
 
 
 @dataclass
@@ -235,7 +372,7 @@ def select(
     for key, value in own.items():
         if key not in weights:
             fit.missing.append(key)
-        elif weights[key].shape != value.shape:
+        elif getattr(weights[key], "shape", None) != value.shape:
             fit.other_shape.append(key)
         else:
             fit.loaded.append(key)
@@ -304,7 +441,7 @@ def _os_error(error: BaseException) -> OSError | None:
     return None
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """Makes the rename itself last through a power cut."""
     handle = os.open(directory, os.O_RDONLY)
     try:
