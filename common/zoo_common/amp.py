@@ -24,7 +24,7 @@ optimizer gets gradients in true units and is not called for a skipped step. tor
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -110,6 +110,7 @@ class Precision:
         skipped_steps: steps left out because gradients overflowed (float16 only).
         grad_norm: global gradient norm of the last step before clipping, in true units, a
             float32 scalar on the device; not finite for a skipped step; None without clipping.
+        name_step: names the step under way for an error, at best with its images.
     """
 
     def __init__(
@@ -151,10 +152,12 @@ class Precision:
         self.steps = 0
         self.skipped_steps = 0
         self.grad_norm: Tensor | None = None
+        self.name_step: Callable[[], str] = lambda: f"the step after {self.steps} good ones"
         self._config = config
         self._device_type = device.type
         self._micro_steps = 0
         self._skipped_in_a_row = 0
+        self._undo: Callable[[], None] | None = None
         self.scaler = GradScaler(
             device.type,
             init_scale=self._static_scale or INITIAL_SCALE,
@@ -223,8 +226,9 @@ class Precision:
             loss: float32 scalar, the mean over the micro-batch.
 
         Returns:
-            Whether the optimizer stepped: not between micro-batches, nor on overflow, when
-            weights and optimizer state stay as they are and ``skipped_steps`` counts it.
+            Whether the optimizer stepped: not between micro-batches, nor after
+            :meth:`leave_out`, nor on overflow, when weights and optimizer state stay as they are
+            and ``skipped_steps`` counts it.
 
         Raises:
             TrainingError: gradients overflow float16 step after step.
@@ -235,6 +239,9 @@ class Precision:
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self._micro_steps = (self._micro_steps + 1) % self._config.accumulate
         if self._micro_steps:
+            return False
+        if self._undo is not None:
+            self._drop_step(self._undo)
             return False
 
         self._move_gradients_to_masters()
@@ -253,6 +260,17 @@ class Precision:
         else:
             self._count_skip()
         return stepped
+
+    def leave_out(self, undo: Callable[[], None]) -> None:
+        """Leaves out the optimizer step under way; call it on all ranks, before :meth:`step`.
+
+        Backward passes are done as ever, since all ranks take part in them. The gradients are
+        dropped; weights, optimizer and loss scale stay as they are.
+
+        Args:
+            undo: called after the last backward pass; puts back what forward passes changed.
+        """
+        self._undo = undo
 
     def state_dict(self) -> dict[str, Any]:
         """All of a training state but the weights: the optimizer, the scaler, the counters."""
@@ -329,6 +347,13 @@ class Precision:
         if self._masters:
             torch._foreach_copy_(list(self._masters), list(self._masters.values()))
 
+    def _drop_step(self, undo: Callable[[], None]) -> None:
+        self._undo = None
+        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self._masters:
+            parameter.grad = None
+        undo()
+
     def _count_step(self, *_: Any) -> None:
         self.steps += 1
 
@@ -338,14 +363,15 @@ class Precision:
         advice = "lower the learning rate, clip gradients, or train with --dtype=bfloat16"
         if self.loss_scale < SMALLEST_SCALE:
             raise TrainingError(
-                f"The gradients after step {self.steps} are not finite even at a loss scale of "
-                f"{self.loss_scale:g}: {advice}."
+                f"The loss scale only falls: the gradients of {self.name_step()} are not finite "
+                f"even at a loss scale of {self.loss_scale:g}, after {self.skipped_steps} skipped "
+                f"steps; {advice}."
             )
         if self._skipped_in_a_row == MOST_SKIPS_IN_A_ROW:
             raise TrainingError(
-                f"The gradients after step {self.steps} overflowed float16 {MOST_SKIPS_IN_A_ROW} "
-                f"times in a row at a loss scale of {self.loss_scale:g}: set --loss_scale=dynamic "
-                f"or a smaller number, {advice}."
+                f"Gradients overflowed float16 {MOST_SKIPS_IN_A_ROW} times in a row at a loss "
+                f"scale of {self.loss_scale:g}, those of {self.name_step()} the last: set "
+                f"--loss_scale=dynamic or a smaller number, {advice}."
             )
 
 
