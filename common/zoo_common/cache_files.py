@@ -10,18 +10,21 @@ import glob
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from zoo_common import sample
+from zoo_common.beats import beat
 
 ENDING = ".zoo-cache"
 """Of the names of such files."""
 
 _FOLDER = "annotation-caches"
 _MARK_BYTES = 6  # random bytes in a temporary name
+_ASKS_EVERY_S = 0.1
 # A file changed twice within one tick of its file system's clock can keep its time of change.
 # Whole seconds are a sign of a coarse clock (2 s on FAT); the kernel's own tick is up to 10 ms.
 _COARSE_TICK_NS = 2_000_000_000
@@ -90,11 +93,7 @@ def alone(place: Path, *, wait: bool = True) -> Iterator[bool]:
     path = _lock_of(place)
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = True
-        except OSError:
-            locked = False
+        locked = _lock(lock, wait=wait)
         # A writer deletes its lock's file when it is done; who waited then starts over.
         if not locked or _is_same_file(lock, path):
             break
@@ -109,6 +108,22 @@ def alone(place: Path, *, wait: bool = True) -> Iterator[bool]:
             with suppress(OSError):
                 path.unlink()
         os.close(lock)
+
+
+def _lock(descriptor: int, *, wait: bool) -> bool:
+    """Whether the lock is held now; who waits for it beats, since it may take long."""
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                return False
+        except OSError:
+            return False
+        else:
+            return True
+        beat("waiting for a process that makes an index")
+        time.sleep(_ASKS_EVERY_S)
 
 
 def _lock_of(place: Path) -> Path:

@@ -13,12 +13,14 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zoo_common.errors import UserError
+from zoo_common.flaky import retried
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Mean of RGB over the training images, for pixel values in [0, 1]."""
@@ -78,7 +80,7 @@ def check_tree(path: str | Path, splits: Sequence[str] = SPLITS) -> Summary:
     """
     root = Path(path).expanduser()
     with _readable():
-        classes = _check(root, splits)
+        classes = retried(lambda: _check(root, splits), root)
     return Summary(root=root, splits=tuple(splits), classes=tuple(classes))
 
 
@@ -173,7 +175,8 @@ def build_index(root: str | Path, split: str) -> FolderIndex:
     counts: list[int] = []
     for name in summary.classes:
         with _readable():
-            names = [os.fsencode(image) for image in _images(summary.root / split / name)]
+            folder = summary.root / split / name
+            names = [os.fsencode(image) for image in retried(partial(_images, folder), folder)]
         blobs.append(b"".join(names))
         lengths.append(np.fromiter(map(len, names), np.int64, len(names)))
         counts.append(len(names))

@@ -6,6 +6,8 @@ import io
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from zoo_common.flaky import read_bytes
+
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -17,6 +19,9 @@ _TURNS = {
 }
 """What makes an image upright, by EXIF orientation."""
 
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+"""What is decoded, whatever a file is called: others of Pillow's start programs (EPS does)."""
+
 
 class DamagedImageError(Exception):
     """An image file that cannot be opened or decoded; the message is the reason."""
@@ -24,6 +29,8 @@ class DamagedImageError(Exception):
 
 def read_image(path: str, *, upright: bool = False) -> Image.Image:
     """Reads and decodes an image file as RGB; alpha is dropped.
+
+    A read error that may pass, as network disks have them, is tried again for some seconds.
 
     Args:
         path: The file.
@@ -33,8 +40,7 @@ def read_image(path: str, *, upright: bool = False) -> Image.Image:
         DamagedImageError: It cannot be opened or decoded.
     """
     try:
-        with open(path, "rb") as file:  # noqa: PTH123 - Path() costs as much as the read
-            data = file.read()
+        data = read_bytes(path)
     except OSError as error:
         raise DamagedImageError(_reason(error)) from error
     return decode_image(data, upright=upright)
@@ -51,7 +57,7 @@ def decode_image(data: bytes, *, upright: bool = False) -> Image.Image:
         DamagedImageError: They cannot be decoded.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         if upright:
             image = _upright(image)
         if image.mode == "P" and "transparency" in image.info:

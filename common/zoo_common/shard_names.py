@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo_common.errors import UserError
+from zoo_common.flaky import read_bytes
 
 INDEX_NAME = "shards.json"
 """The file beside shards that counts them, which DeCLIP's ``test/make_shards.sh`` writes."""
@@ -31,7 +32,10 @@ def is_pattern(path: str) -> bool:
     """Whether a data path means shards: tar files, or a directory that holds their index."""
     if path.endswith(_ENDING) or _ADDRESS.match(path) or "::" in path:
         return True
-    return bool(path) and (Path(path).expanduser() / INDEX_NAME).is_file()
+    try:
+        return bool(path) and (Path(path).expanduser() / INDEX_NAME).is_file()
+    except (OSError, RuntimeError, ValueError):  # too long for a name, or nobody's home
+        return False
 
 
 def expand(pattern: str) -> list[Path]:
@@ -50,16 +54,18 @@ def expand(pattern: str) -> list[Path]:
             f"The shards '{pattern}' are no files of this machine: give a path such as {EXAMPLE}; "
             "addresses and commands are never followed."
         )
-    directory = Path(pattern).expanduser()
-    if (directory / INDEX_NAME).is_file():
-        shards = [directory / str(entry["name"]) for entry in read_index(directory)["shards"]]
-    else:
-        shards = [path for name in _braces(str(directory), pattern) for path in _globbed(name)]
+    try:
+        shards = _named(pattern)
+        missing = [path for path in shards if not path.is_file()]
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        why = f"{error!s:.100}"
+        raise UserError(f"The shards '{pattern:.200}' cannot be looked up ({why}).") from error
     if not shards:
-        raise UserError(f"No shard is called '{pattern}': give a path such as {EXAMPLE}.")
+        raise UserError(f"No shard is called '{pattern:.200}': give a path such as {EXAMPLE}.")
     if len(set(shards)) < len(shards):
         raise UserError(f"The shards '{pattern}' name a file twice: give each once.")
-    missing = [path for path in shards if not path.is_file()]
     if missing:
         names = ", ".join(path.name for path in missing[:_NAMES_SHOWN])
         more = ", ..." if len(missing) > _NAMES_SHOWN else ""
@@ -70,6 +76,13 @@ def expand(pattern: str) -> list[Path]:
     return shards
 
 
+def _named(pattern: str) -> list[Path]:
+    directory = Path(pattern).expanduser()
+    if (directory / INDEX_NAME).is_file():
+        return [directory / str(entry["name"]) for entry in read_index(directory)["shards"]]
+    return [path for name in _braces(str(directory), pattern) for path in _globbed(name)]
+
+
 def read_index(directory: Path) -> dict[str, Any]:
     """The content of a directory's ``shards.json``.
 
@@ -78,11 +91,11 @@ def read_index(directory: Path) -> dict[str, Any]:
     """
     path = directory / INDEX_NAME
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_bytes(path))
         names = [str(entry["name"]) for entry in content["shards"]]
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check the file.") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise UserError(
             f"{path} is no index of shards: restore it, or remove it to have the shards counted."
         ) from None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from zoo_common.errors import UserError
+from zoo_common.flaky import retried
 
 _LEVELS_TRIED = 100
 
@@ -30,7 +31,8 @@ def find_tree(path: str | Path, names: Sequence[str], problems: Problems, expect
     """
     root = Path(path).expanduser()
     try:
-        found = {level: problems(level) for level in (root, *(root / name for name in names))}
+        levels = root, *(root / name for name in names)
+        found = retried(lambda: {level: problems(level) for level in levels}, root)
         best = min(found, key=lambda level: len(found[level]))
         if not found[best]:
             return best
