@@ -23,9 +23,17 @@ def test_an_earlier_run_is_moved_aside_whole(tmp_path: Path) -> None:
         with occupy(directory, keep=False) as aside:
             assert aside is not None
             assert (aside / "config.yaml").read_text() == text
-            assert [item.name for item in directory.iterdir()] == [".lock"]
-    assert not (directory / ".lock").exists()
+            assert {item.name for item in directory.iterdir()} == {".lock", ".ranks"}
+        assert list(directory.iterdir()) == []
     assert len(list(directory.parent.iterdir())) == 3
+
+
+def test_what_a_killed_launcher_left_is_no_file_of_the_users(tmp_path: Path) -> None:
+    (tmp_path / "0" / ".ranks").mkdir(parents=True)
+    (tmp_path / "0" / ".ranks" / "0.word").write_bytes(b"left")
+    with occupy(tmp_path / "0", keep=False) as aside:
+        assert aside is None
+        assert list((tmp_path / "0" / ".ranks").iterdir()) == []
 
 
 def test_a_resumed_run_finds_its_files(tmp_path: Path) -> None:

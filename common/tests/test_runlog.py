@@ -82,6 +82,36 @@ def test_a_resumed_record_has_every_step_once(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [10, 20, 30]
 
 
+def test_a_record_is_cut_where_its_checkpoint_was_though_step_numbers_fall(tmp_path: Path) -> None:
+    def record(log: RunLog, *steps: int) -> None:
+        for step in steps:
+            log.step(replace(RECORD, step=step))
+        log.evaluation(steps[-1], 0.5, {"top1": 87.5}, 500, 2.0)
+
+    log = RunLog(tmp_path, writes=True)
+    record(log, 10, 20, 30)
+    at_30 = log.lines()
+    record(log, 40)
+    log = RunLog(tmp_path, writes=True)
+    log.continue_from(30, 20, at_30)  # more images a step: step 30 is step 20 now
+    record(log, 21, 25)
+    at_25 = log.lines()
+    record(log, 28)
+    log = RunLog(tmp_path, writes=True)
+    log.continue_from(25, 38, at_25)
+    record(log, 39)
+
+    steps = [line["step"] for line in lines(tmp_path / "metrics.jsonl")]
+    assert steps == [10, 20, 30, 21, 25, 39]
+    assert [line["step"] for line in lines(tmp_path / "evaluations.jsonl")] == [30, 25, 39]
+    assert log.lines() == {"metrics.jsonl": 6, "evaluations.jsonl": 3}
+
+    log.continue_from(26, 26, {"metrics.jsonl": 99, "evaluations.jsonl": 1})  # other files
+    steps = [line["step"] for line in lines(tmp_path / "metrics.jsonl")]
+    assert steps == [10, 20, 21, 25]
+    log.close()
+
+
 def test_a_line_for_people_has_no_empty_fields() -> None:
     plain = replace(
         RECORD, losses={"loss": 1.25}, grad_norm=None, loss_scale=1, images_per_sec=None

@@ -23,6 +23,7 @@ import dataclasses
 import re
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,7 @@ import omegaconf
 import yaml
 from omegaconf import OmegaConf
 
+from zoo_common import yaml_text
 from zoo_common.errors import UserError
 from zoo_common.options import Assignment, Option, is_true, nearest, parse
 
@@ -153,6 +155,11 @@ class RunConfig:
         kind="checkpoint",
         bare="last",
     )
+    auto_resume: bool = setting(
+        False,
+        "continue the run that the output directory holds; start one where it holds none",
+    )
+    id: str = setting("", "name of the run in its checkpoints, made by the launcher")
     seed: int = setting(0, "seed of weights, data order and augmentation", at_least=0)
     threads: int = setting(
         0, "CPU threads of each process; 0: its share of the cores, or OMP_NUM_THREADS", at_least=0
@@ -181,6 +188,35 @@ class RunConfig:
     profile: int = setting(
         0, "trace this many steps after warm-up into OUTPUT_DIR/profile", at_least=0, bare="10"
     )
+    save_every: int = setting(
+        0, "steps between two checkpoints; 0: what the recipe says", at_least=0
+    )
+    keep_checkpoints: int = setting(
+        2, "newest checkpoints to keep, beside the best one", at_least=1
+    )
+    save_in_background: bool = setting(
+        True, "train on while a checkpoint is written; takes the memory of a copy"
+    )
+    on_save_error: str = setting(
+        "stop",
+        "a checkpoint that cannot be written: stop the run, or continue to the next one",
+        choices=("stop", "continue"),
+    )
+    save_timeout_s: int = setting(
+        900, "seconds that the disk may take to write a checkpoint", at_least=1
+    )
+    spike_factor: float = setting(
+        20.0, "how far above its usual spread a loss stops the run; 0: never", at_least=0
+    )
+    skip_bad_steps: int = setting(
+        0,
+        "steps with a loss that is not finite or a spike to leave out before stopping; above 0, "
+        "each step reads its loss",
+        at_least=0,
+    )
+    hang_timeout_s: int = setting(
+        1800, "seconds without a step or a batch before the run is ended as hung", at_least=1
+    )
     timeout_s: int = setting(
         1900, "seconds that a collective may wait for the other ranks", at_least=1
     )
@@ -194,16 +230,43 @@ class LaunchConfig:
     """Where the processes of a run are."""
 
     processes: int = setting(0, "processes on each node; 0: what the run says", at_least=0)
-    nnodes: int = setting(1, "number of machines", at_least=1)
+    nnodes: str = setting("1", "number of machines, or MIN:MAX for as many as come")
     node_rank: int = setting(0, "index of this machine, from 0", at_least=0)
     master_addr: str = setting("", "address of machine 0 [127.0.0.1]")
     master_port: int = setting(
         0, "port on machine 0; 0: a free one (one machine only)", at_least=0, at_most=65535
     )
-    local_addr: str = setting("", "address of this machine's network for HCCL and gloo")
+    local_addr: str = setting(
+        "", "address of this machine for HCCL and gloo [the one that reaches master_addr]"
+    )
+    max_restarts: int = setting(
+        0, "times that a run goes on from its last checkpoint after a rank failed", at_least=0
+    )
     join_timeout_s: int = setting(
         600, "seconds to wait for the other machines at the start", at_least=1
     )
+    last_call_s: int = setting(
+        30, "seconds to wait for machines beyond MIN of --nnodes=MIN:MAX", at_least=0
+    )
+    lost_after_s: int = setting(
+        30, "seconds without a word of a machine before it is taken for lost", at_least=1
+    )
+
+
+def node_range(launch: LaunchConfig) -> tuple[int, int]:
+    """The least and the most machines of ``launch.nnodes``.
+
+    Raises:
+        UserError: it is neither a number nor MIN:MAX.
+    """
+    parts = re.fullmatch(r"(\d{1,6})(?::(\d{1,6}))?", launch.nnodes, re.ASCII)
+    least, most = (int(parts[1]), int(parts[2] or parts[1])) if parts else (0, 0)
+    if not 1 <= least <= most:
+        raise UserError(
+            f"--nnodes={launch.nnodes} must be a number of machines from 1 on, or MIN:MAX with MIN "
+            "not above MAX, as 2:4."
+        )
+    return least, most
 
 
 COMMON_OPTIONS: dict[str, str | tuple[str, ...]] = {
@@ -214,6 +277,11 @@ COMMON_OPTIONS: dict[str, str | tuple[str, ...]] = {
     "--device_id": "run.device_id",
     "--output_dir": "run.output_dir",
     "--resume": "run.resume",
+    "--auto_resume": "run.auto_resume",
+    "--save_every": "run.save_every",
+    "--keep_checkpoints": "run.keep_checkpoints",
+    "--on_save_error": "run.on_save_error",
+    "--skip_bad_steps": "run.skip_bad_steps",
     "--seed": "run.seed",
     "--max_steps": "run.max_steps",
     "--profile": "run.profile",
@@ -230,6 +298,7 @@ COMMON_OPTIONS: dict[str, str | tuple[str, ...]] = {
     "--master_addr": "launch.master_addr",
     "--master_port": "launch.master_port",
     "--local_addr": "launch.local_addr",
+    "--max_restarts": "launch.max_restarts",
     "--processes": "launch.processes",
 }
 
@@ -443,7 +512,12 @@ def _read(
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{entry.origin}: {error}") from error
+        raise UserError(f"{entry.origin:.200}: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{entry.origin:.200}: {entry.value!r:.60} is not of the form that this setting has; "
+            "write it as the original's configs do."
+        ) from error
 
 
 def _literal(value: Any) -> Any:
@@ -451,8 +525,10 @@ def _literal(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return _with_lists(ast.literal_eval(value.strip()))
-    except (ValueError, SyntaxError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # "\\d" in what is a path after all
+            return _with_lists(ast.literal_eval(value.strip()))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return value
 
 
@@ -485,18 +561,22 @@ def _layers(file: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict[st
     bases = [str(loaded.pop(key)) for key in BASE_KEYS if loaded.get(key)]
     below: list[tuple[Path, dict[str, Any]]] = []
     for base in bases:
-        below += _layers(file.parent / Path(base).expanduser(), (*seen, file.resolve()))
+        try:
+            above = file.parent / Path(base).expanduser()
+            above.resolve()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{file}: {BASE_KEYS[0]} {base!r:.60} is no file: {error}.") from error
+        below += _layers(above, (*seen, file.resolve()))
     return [*below, (file, loaded)]
 
 
 def _load_yaml(file: Path) -> dict[str, Any]:
     try:
-        loaded = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        loaded = yaml_text.parse(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"Cannot read the config {file}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = " ".join(str(error).split())
-        raise UserError(f"The config {file} is not valid YAML: {where}.") from error
+    except ValueError as error:
+        raise UserError(f"The config {file} is not valid YAML: {error}.") from error
     if loaded is None:
         loaded = {}
     if not isinstance(loaded, dict):
@@ -540,9 +620,9 @@ def _from_text(field: Field, text: str, written: str) -> Any:
         return text
     if typing.get_origin(field.type) is list:
         try:
-            return yaml.safe_load(text if text.startswith("[") else f"[{text}]")
-        except yaml.YAMLError as error:
-            raise UserError(f"{written}: {text!r} is no list; write [a, b].") from error
+            return yaml_text.parse(text if text.startswith("[") else f"[{text}]")
+        except ValueError as error:
+            raise UserError(f"{written}: {text!r:.60} is no list; write [a, b].") from error
     return text
 
 
@@ -589,23 +669,3 @@ def _check_bounds(field: Field, value: Any, origin: str) -> None:
         raise UserError(f"{name} must be more than {meta['more_than']}, but is {value}.")
     if meta.get("at_most") is not None and value > meta["at_most"]:
         raise UserError(f"{name} must be at most {meta['at_most']}, but is {value}.")
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, and reads 1e-4 as the number that people mean."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = {key for key in keys if keys.count(key) > 1}
-        if twice:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {twice.pop()!r} stands twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
-_UniqueKeyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*(?:[eE][-+]?[0-9]+)|[0-9][0-9_]*\.[0-9_]*)$"),
-    list("-+0123456789"),
-)

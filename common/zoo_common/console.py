@@ -33,6 +33,7 @@ class Console:
         self._log = _Tail(log)
         self._metrics = _Tail(metrics)
         self._ended = threading.Event()
+        self._failed = False
         self._thread = threading.Thread(target=self._follow, name="console", daemon=True)
         self._thread.start()
 
@@ -40,6 +41,10 @@ class Console:
         """Shows what is left and ends the bar."""
         self._ended.set()
         self._thread.join()
+
+    def resume(self) -> None:
+        """The ranks are started again: shows what they write, as it did before one failed."""
+        self._failed = False
 
     def _follow(self) -> None:
         try:
@@ -49,12 +54,12 @@ class Console:
 
     def _show(self) -> None:
         with _Bar(sys.stdout) as bar:
-            failed = False
             while True:
                 last = self._ended.wait(_POLL_S)
                 for line in self._log.lines():
-                    failed = failed or line == TRACEBACK_MARK  # the launcher prints it at the end
-                    if not failed:
+                    # The launcher prints a failure at the end.
+                    self._failed = self._failed or line == TRACEBACK_MARK
+                    if not self._failed:
                         bar.line(line)
                 for line in self._metrics.lines():
                     bar.update(json.loads(line))

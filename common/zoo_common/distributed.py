@@ -21,13 +21,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from zoo_common.errors import TrainingError, UserError
+from zoo_common import data_workers
+from zoo_common.beats import beat
+from zoo_common.errors import LostPeerError, UserError
 
 Item = TypeVar("Item")
 
 # A gloo group of its own beside the default one cannot be: torch looks for a backend of the bound
 # device in every group, and gloo has none for NPUs.
 _BACKENDS = {"npu": "cpu:gloo,npu:hccl", "cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}
+
+ROUND_VARIABLE = "ZOO_ROUND"
+"""Set by the launcher: how many times the ranks of this run were started, this time included."""
 
 _COUNTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
@@ -134,13 +139,15 @@ def start(device: torch.device, *, timeout_s: float = 1800) -> Processes:
             first.
 
     Raises:
-        UserError: the environment is malformed, or the processes do not meet.
+        UserError: the environment is malformed, or processes started by hand do not meet.
+        LostPeerError: processes that the launcher started do not meet.
     """
     global _on_accelerator
     processes = read_environment()
     if processes.world_size == 1:
         return processes
     assert not dist.is_initialized(), "start() was called twice"
+    beat("meeting the other ranks")
     timeout = timedelta(seconds=group_timeout_s(device.type, timeout_s, os.environ))
     _on_accelerator = device.type != "cpu"
     if _on_accelerator:
@@ -150,16 +157,36 @@ def start(device: torch.device, *, timeout_s: float = 1800) -> Processes:
             _BACKENDS[device.type],
             timeout=timeout,
             device_id=device if _on_accelerator else None,
+            **_store_of_this_round(processes, timeout),
         )
     except dist.DistError as error:
         stop()
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(
+        # Started by the launcher, the ranks may meet when they are started again.
+        kind = LostPeerError if ROUND_VARIABLE in os.environ else UserError
+        raise kind(
             f"The {processes.world_size} processes of the run did not meet at {where} within "
             f"{timeout_s:g} s ({_first_line(error)}): check that each machine runs its part and "
             "reaches that address."
         ) from error
     return processes
+
+
+def _store_of_this_round(processes: Processes, timeout: timedelta) -> dict[str, Any]:
+    """The launcher's store, with keys of this start of the ranks: others left theirs there."""
+    if ROUND_VARIABLE not in os.environ:
+        return {}
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        address, port, timeout=timeout, wait_for_workers=False
+    )
+    return {
+        "store": dist.PrefixStore(  # type: ignore[attr-defined]
+            f"ranks/{os.environ[ROUND_VARIABLE]}", store
+        ),
+        "rank": processes.rank,
+        "world_size": processes.world_size,
+    }
 
 
 def group_timeout_s(kind: str, timeout_s: float, environ: Mapping[str, str]) -> float:
@@ -198,7 +225,9 @@ def _with_others() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise TrainingError(
+        if data_workers.explain(error):
+            raise  # torch raises it wherever the main thread happens to be
+        raise LostPeerError(
             "Another process of this run ended or does not answer, so this one ends too; the "
             f"other's log says why ({_first_line(error)})."
         ) from error
@@ -225,6 +254,7 @@ def _for_wire(tensor: Tensor) -> Tensor:
 def _reduce(tensor: Tensor, op: Any) -> Tensor:
     result = _for_wire(tensor)
     if _world_size() > 1:
+        beat("adding up over the ranks")
         # An accelerator's error may be about anything that it was given before.
         with _with_others() if result.device.type == "cpu" else contextlib.nullcontext():
             dist.all_reduce(result, op)
@@ -240,7 +270,7 @@ def sum_across(tensor: Tensor) -> Tensor:
 
     Raises:
         TypeError: float64 and other types that HCCL cannot add up.
-        TrainingError: another process is gone.
+        LostPeerError: another process is gone.
     """
     return _reduce(tensor, dist.ReduceOp.SUM)
 
@@ -269,11 +299,12 @@ def gather_results(items: Sequence[Item], to: Literal["all", "main"] = "all") ->
         All items; an empty list on the other ranks with ``to="main"``.
 
     Raises:
-        TrainingError: another process is gone.
+        LostPeerError: another process is gone.
     """
     world_size = _world_size()
     if world_size == 1:
         return list(items)
+    beat("gathering results")
     receives = to == "all" or dist.get_rank() == 0
     parts: list[Any] = [None] * world_size
     with _with_others():
@@ -288,11 +319,12 @@ def broadcast_object(value: Item, src: int = 0) -> Item:
     """Rank ``src``'s value, on every process; it is pickled on the way.
 
     Raises:
-        TrainingError: another process is gone.
+        LostPeerError: another process is gone.
     """
     if _world_size() == 1:
         return value
     box: list[Any] = [value]
+    beat(f"waiting for a word of rank {src}")
     with _with_others():
         dist.broadcast_object_list(box, src=src)
     return box[0]  # type: ignore[no-any-return]
@@ -306,11 +338,12 @@ def scatter_objects(values: Sequence[Item], src: int = 0) -> Item:
         src: the rank that gives.
 
     Raises:
-        TrainingError: another process is gone.
+        LostPeerError: another process is gone.
     """
     if _world_size() == 1:
         return values[0]
     box: list[Any] = [None]
+    beat(f"waiting for a word of rank {src}")
     with _with_others():
         dist.scatter_object_list(box, list(values) if dist.get_rank() == src else None, src=src)
     return box[0]  # type: ignore[no-any-return]
@@ -320,7 +353,7 @@ def barrier() -> None:
     """Waits until every process has come here; the device's queue is not waited for.
 
     Raises:
-        TrainingError: another process is gone.
+        LostPeerError: another process is gone.
     """
     # Not dist.barrier(), which would use the accelerator.
     sum_across(torch.zeros(1))
@@ -411,7 +444,7 @@ class StopAgreement:
             step boundary before.
 
         Raises:
-            TrainingError: another process is gone.
+            LostPeerError: another process is gone.
         """
         if _world_size() == 1:
             return local_request
@@ -426,7 +459,7 @@ class StopAgreement:
         """Waits for the exchange under way, so that none is when the groups are left.
 
         Raises:
-            TrainingError: another process is gone.
+            LostPeerError: another process is gone.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -434,6 +467,7 @@ class StopAgreement:
 
     def _result(self, exchange: tuple[dist.Work, Tensor]) -> bool:
         work, request = exchange
+        beat("agreeing with the other ranks whether to stop")
         with _with_others():
             work.wait()
         return bool(request.item())

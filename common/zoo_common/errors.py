@@ -15,3 +15,7 @@ class TrainingError(RuntimeError):
     The message is one sentence that says what happened, where, and what to do. Programs of the
     zoo print it without a traceback and end with exit code 1.
     """
+
+
+class LostPeerError(TrainingError):
+    """Another process of the run is gone or does not answer; the ranks may be started again."""

@@ -13,17 +13,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from zoo_common import config as configs
 from zoo_common import report, runs
 from zoo_common.config import Field
 from zoo_common.errors import UserError
 from zoo_common.runs import CALLER_VARIABLE, Model, RunSpec
-from zoo_common.worker import LOG_VARIABLE, PIN_VARIABLE
+from zoo_common.worker import LOG_VARIABLE, PIN_VARIABLE, REASON_VARIABLE
 
 if TYPE_CHECKING:
-    from zoo_common.agent import Failure, Outcome
+    from zoo_common.agent import Outcome
+    from zoo_common.meeting import Word
     from zoo_common.preflight import Place
 
 
@@ -33,33 +34,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         model = runs.load(Path.cwd())
         if words and words[0] == "--list":
-            print(_list(model), flush=True)
+            _show(_list(model))
             return 0
         if not words or words[0] in ("-h", "--help"):
-            print(f"usage: python3 -m zoo_common.launch RUN [OPTION ...]\n\n{_list(model)}")
-            print("\n'RUN --help' lists the options of a run.", flush=True)
+            _show(f"usage: python3 -m zoo_common.launch RUN [OPTION ...]\n\n{_list(model)}")
+            _show("\n'RUN --help' lists the options of a run.")
             return 0 if words else 2
         name, *rest = words
         spec = model.run(name)
         if "-h" in rest or "--help" in rest:
-            print(_help(model, name, spec), flush=True)
+            _show(_help(model, name, spec))
             return 0
         return _launch(model, name, spec, rest)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # --help | head: who read has gone, also for what Python still holds
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _launch(model: Model, name: str, spec: RunSpec, words: list[str]) -> int:
     started = time.time()
     config = model.config(spec, words, os.environ)
 
-    from zoo_common import outputs, preflight
+    from zoo_common import outputs, preflight, rank_table
 
     caller = Path(os.environ.get(CALLER_VARIABLE, "."))
     preflight.absolute_paths(model, config, caller.absolute())
@@ -71,21 +69,24 @@ def _launch(model: Model, name: str, spec: RunSpec, words: list[str]) -> int:
     if config.launch.node_rank:
         run.output_dir += f"_node{config.launch.node_rank}"  # a shared disk is not written twice
     directory = Path(run.output_dir)
+    keep = bool(run.resume) or (run.auto_resume and outputs.holds_a_run(directory))
     if run.resume == "last" and config.launch.node_rank == 0:
-        preflight.check_checkpoint_file(directory / "checkpoints" / "last.pth", "--resume")
+        preflight.check_checkpoint_there(directory / "checkpoints")
+    preflight.name_run(model, config, directory, keep=keep)
     preflight.check_data(spec, config)
     if model.check_files is not None:
         model.check_files(config, spec.kind)
     preflight.fetch_weights(model, config)
     place = preflight.place(spec, config)
+    rank_table.check(place, run.device_id, os.environ)
     run.device = place.device
-    with outputs.occupy(directory, keep=bool(run.resume)) as aside:
+    with outputs.occupy(directory, keep=keep) as aside:
         if aside is not None:
-            print(f"earlier output moved to {aside}")
+            _show(f"earlier output moved to {aside}")
             preflight.follow_checkpoints(model, config, directory, aside)
         (directory / "result.json").unlink(missing_ok=True)
         _describe(model, name, config, place)
-        outcome = _run_ranks(spec, config, place, directory)
+        outcome = _run_ranks(model, spec, config, place, directory)
         result = _result(directory, outcome) | {
             "run": name,
             "kind": spec.kind,
@@ -93,32 +94,58 @@ def _launch(model: Model, name: str, spec: RunSpec, words: list[str]) -> int:
             "e2e_seconds": round(time.time() - started, 3),
         }
         if place.node_rank == 0:
-            _write(directory, _complete(result, config, place))
-    return _exit_code(outcome, result)
+            _write(directory, _complete(result, config, place, directory))
+    return _exit_code(outcome, result, place.node_rank)
 
 
-def _run_ranks(spec: RunSpec, config: Any, place: "Place", directory: Path) -> "Outcome":
-    from zoo_common import agent, preflight
+def _run_ranks(
+    model: Model, spec: RunSpec, config: Any, place: "Place", directory: Path
+) -> "Outcome":
+    from zoo_common import agent, outputs, preflight, same
     from zoo_common.console import Console
+    from zoo_common.meeting import Meeting
 
+    launch = config.launch
     file = directory / "config.yaml"
     file.write_text(configs.to_yaml(config), encoding="utf-8")
     first = config.run.device_id + place.node_rank * place.processes
     logs = [directory / f"train_{first + local}.log" for local in range(place.processes)]
+    meeting = Meeting(
+        place,
+        same.facts(model, spec, config, place) if place.nnodes > 1 else {},
+        local_addr=launch.local_addr,
+        join_timeout_s=launch.join_timeout_s,
+        last_call_s=launch.last_call_s,
+        lost_after_s=launch.lost_after_s,
+        elastic=place.nnodes > 1 and (launch.max_restarts > 0 or place.fewest < place.nnodes),
+    )
     console = Console(logs[0], directory / "metrics.jsonl")
+
+    def announce(round: int, machines: Sequence[int], reason: str) -> None:
+        (directory / "result.json").unlink(missing_ok=True)  # of ranks that made room
+        os.environ[REASON_VARIABLE] = reason
+        if reason:
+            where = f" on {len(machines)} of {place.nnodes} machines" if place.nnodes > 1 else ""
+            _say(f"{reason}: start {round} of the ranks{where}")
+            console.resume()
+
+    plan = agent.Plan(
+        command=[sys.executable, "-m", "zoo_common.worker", spec.entry, f"--config={file}"],
+        environment={
+            **share_of_cores(place, config.run.threads),
+            **preflight.network(launch.local_addr),
+            LOG_VARIABLE: "\n".join(map(str, logs)),
+        },
+        scratch=directory / outputs.RANKS,
+        grace_s=config.run.stop_grace_s,
+        hang_timeout_s=config.run.hang_timeout_s,
+        max_restarts=launch.max_restarts,
+        is_saving=lambda: any((directory / "checkpoints").glob(".*.partial")),
+        was_interrupted=lambda: _read_result(directory).get("status") == "interrupted",
+        on_start=announce,
+    )
     try:
-        return agent.run(
-            [sys.executable, "-m", "zoo_common.worker", spec.entry, f"--config={file}"],
-            place,
-            environment={
-                **share_of_cores(place, config.run.threads),
-                **preflight.network(config.launch.local_addr),
-                LOG_VARIABLE: "\n".join(map(str, logs)),
-            },
-            grace_s=config.run.stop_grace_s,
-            join_timeout_s=config.launch.join_timeout_s,
-            local_addr=config.launch.local_addr,
-        )
+        return agent.run(plan, place, meeting)
     finally:
         console.stop()
 
@@ -144,16 +171,18 @@ def _result(directory: Path, outcome: "Outcome") -> dict[str, Any]:
     """What the first rank left, unless a rank failed: then no number of it can be trusted."""
     if outcome.failure is not None:
         return {"status": "failed"}
+    return _read_result(directory) or {"status": "interrupted" if outcome.received else "failed"}
+
+
+def _read_result(directory: Path) -> dict[str, Any]:
     file = directory / "result.json"
-    if file.is_file():
-        result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return result
-    if outcome.received:
-        return {"status": "interrupted"}
-    return {"status": "failed"}
+    content: dict[str, Any] = json.loads(file.read_bytes()) if file.is_file() else {}
+    return content
 
 
-def _complete(result: dict[str, Any], config: Any, place: "Place") -> dict[str, Any]:
+def _complete(
+    result: dict[str, Any], config: Any, place: "Place", directory: Path
+) -> dict[str, Any]:
     """A result with every key, whatever happened."""
     empty = {
         "metric": None,
@@ -164,7 +193,9 @@ def _complete(result: dict[str, Any], config: Any, place: "Place") -> dict[str, 
         "world_size": place.world_size,
         "nnodes": place.nnodes,
     }
-    return empty | result
+    file = directory / "starts.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return empty | result | {"restarts": [json.loads(line) for line in lines[1:]]}
 
 
 def _write(directory: Path, result: dict[str, Any]) -> None:
@@ -174,39 +205,60 @@ def _write(directory: Path, result: dict[str, Any]) -> None:
         partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         partial.replace(directory / "result.json")
         for line in report.write(directory, result):
-            print(line, flush=True)
+            _show(line)
 
 
-def _exit_code(outcome: "Outcome", result: dict[str, Any]) -> int:
+def _exit_code(outcome: "Outcome", result: dict[str, Any], machine: int) -> int:
+    if outcome.started == 0 and outcome.failure is None and outcome.received is None:
+        _say("the run ended on the other machines; this one was not needed")
+        return 0
     if outcome.failure is not None:
-        _tell(outcome.failure)
+        _tell(outcome.failure, machine)
         code = outcome.failure.code
         return code if code > 0 else 128 - code
     received = outcome.received or result.get("signal")
     if result["status"] == "interrupted" and received:
         name = signal.Signals(received).name
-        print(f"stopped by {name}; continue with --resume", file=sys.stderr)
+        _say(f"stopped by {name}; continue with --resume or --auto_resume")
         return 128 + int(received)
     return 0 if result["status"] == "completed" else 1
 
 
-def _tell(failure: "Failure") -> None:
+def _show(text: str) -> None:
+    """Prints; when who read it has gone, as with ``| head``, the run and its exit code go on."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # also for what Python still holds
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say(text: str) -> None:
+    """Prints on standard error, behind what stands on standard output."""
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+    with contextlib.suppress(BrokenPipeError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _tell(failure: "Word", machine: int) -> None:
     """The failed rank's own words, last on the console."""
-    sys.stdout.flush()
-    if failure.code == 2 and not failure.traceback:
-        print(f"error: {failure.message}", file=sys.stderr)
+    where = f"on machine {failure.machine}, " if failure.machine != machine else ""
+    if failure.rank < 0:
+        _say(f"the run failed: {where}{failure.message}")
         return
-    print(f"rank {failure.rank} failed: {failure.message}", file=sys.stderr)
+    if failure.code == 2 and not failure.traceback and not where:
+        _say(f"error: {failure.message}")
+        return
+    _say(f"{where}rank {failure.rank} failed: {failure.message}")
     if failure.traceback:
-        print(failure.traceback.rstrip(), file=sys.stderr)
+        _say(failure.traceback.rstrip())
 
 
 def _describe(model: Model, name: str, config: Any, place: "Place") -> None:
-    where = f" on {place.nnodes} machines" if place.nnodes > 1 else ""
-    print(
+    where = f" on {place.machines} machines" if place.nnodes > 1 else ""
+    _show(
         f"{model.network} {name}: {place.processes} {place.device} process(es){where}, "
-        f"output in {config.run.output_dir}",
-        flush=True,
+        f"output in {config.run.output_dir}"
     )
 
 
@@ -247,5 +299,17 @@ def _default(config: Any, path: str) -> str:
     return "" if config == "" else f" [{config}]"
 
 
+def _end(code: int) -> NoReturn:
+    """Ends without taking the interpreter down.
+
+    A thread that waits for a machine that is gone sits in torch's store, and would abort the
+    process when it is torn down.
+    """
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _end(main())

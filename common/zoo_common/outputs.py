@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,14 @@ from pathlib import Path
 from zoo_common.errors import UserError
 
 LOCK = ".lock"
+RANKS = ".ranks"
+"""The directory of the launcher for its ranks, while a run lasts."""
 _MARKS = ("config.yaml", "metrics.jsonl", "result.json")  # any of them: a run was here
+
+
+def holds_a_run(directory: Path) -> bool:
+    """Whether an earlier run left its config there, without which it cannot be gone on with."""
+    return (directory / "config.yaml").is_file()
 
 
 def default_directory(model_directory: Path, device_id: int, kind: str) -> Path:
@@ -42,7 +50,8 @@ def occupy(directory: Path, *, keep: bool) -> Iterator[Path | None]:
     lock = _lock(directory)
     try:
         aside = None
-        contents = [entry.name for entry in os.scandir(directory) if entry.name != LOCK]
+        names = [entry.name for entry in os.scandir(directory)]
+        contents = [name for name in names if name not in (LOCK, RANKS)]
         if contents and not keep:
             if not any(mark in contents for mark in _MARKS):
                 raise UserError(
@@ -54,8 +63,11 @@ def occupy(directory: Path, *, keep: bool) -> Iterator[Path | None]:
             os.close(lock)
             lock = _lock(directory)
         _try_to_write(directory)
+        shutil.rmtree(directory / RANKS, ignore_errors=True)  # of a launcher that was killed
+        (directory / RANKS).mkdir()
         yield aside
     finally:
+        shutil.rmtree(directory / RANKS, ignore_errors=True)
         with contextlib.suppress(OSError):
             (directory / LOCK).unlink()
         os.close(lock)
@@ -82,6 +94,8 @@ def _lock(directory: Path) -> int:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            return handle  # a file system without locks cannot tell of another run
         os.close(handle)
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             raise

@@ -1,10 +1,13 @@
 """What is checked before any process starts, cheap checks first."""
 
 import contextlib
+import dataclasses
 import importlib
 import os
+import secrets
 import socket
 import sys
+import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +18,8 @@ from typing import Any
 import psutil
 from rich.progress import Progress
 
-from zoo_common import download, layouts, pickles, yfcc
+from zoo_common import download, layouts, outputs, pickles, yfcc
+from zoo_common.config import Field, flatten, node_range, read_yaml
 from zoo_common.errors import UserError
 from zoo_common.runs import Model, RunSpec
 
@@ -29,10 +33,11 @@ class Place:
     Attributes:
         device: ``npu``, ``cuda`` or ``cpu``.
         processes: processes on this machine.
-        nnodes: number of machines.
+        nnodes: number of machines, the most where they may come and go.
         node_rank: index of this machine.
         master_addr: address of machine 0.
         master_port: port on machine 0.
+        min_nodes: the fewest machines with which the run goes on; 0: all.
     """
 
     device: str
@@ -41,10 +46,21 @@ class Place:
     node_rank: int
     master_addr: str
     master_port: int
+    min_nodes: int = 0
+
+    @property
+    def fewest(self) -> int:
+        """The fewest machines with which the run goes on."""
+        return self.min_nodes or self.nnodes
+
+    @property
+    def machines(self) -> str:
+        """The number of machines as ``4`` or ``2 to 4``."""
+        return str(self.nnodes) if self.fewest == self.nnodes else f"{self.fewest} to {self.nnodes}"
 
     @property
     def world_size(self) -> int:
-        """Processes on all machines."""
+        """Processes on all machines, with the most of them."""
         return self.processes * self.nnodes
 
 
@@ -65,12 +81,17 @@ def absolute_paths(model: Model, config: Any, caller: Path) -> None:
             continue
         if kind == "weights" and "://" in value:
             continue
-        path = caller / Path(value).expanduser()
-        fallback = model.directory / value
-        if not path.exists() and fallback.exists():
-            path = fallback
-        if kind == "weights" and Path(value).name == value and not path.is_file():
-            continue  # a bare name, which fetch_weights looks for
+        try:
+            path = caller / Path(value).expanduser()
+            fallback = model.directory / value
+            if not path.exists() and fallback.exists():
+                path = fallback
+            if kind == "weights" and Path(value).name == value and not path.is_file():
+                continue  # a bare name, which fetch_weights looks for
+        except (OSError, RuntimeError, ValueError) as error:  # too long, or nobody's home
+            raise UserError(
+                f"{item.path}={value!r:.100} is no path ({error!s:.100}): give another."
+            ) from error
         setattr(holder, name, str(path))
 
 
@@ -85,6 +106,46 @@ def check_required(model: Model, spec: RunSpec, config: Any) -> None:
             names = [option.name for option in model.options() if option.targets == (path,)]
             meaning = next(item.help for item in model.fields() if item.path == path)
             raise UserError(f"The run needs {(names or [path])[-1]}=VALUE: {meaning}.")
+
+
+def name_run(model: Model, config: Any, directory: Path, *, keep: bool) -> None:
+    """Sets, in place, the run's name, by which it knows its own checkpoints.
+
+    Args:
+        model: the model directory.
+        config: the settings of the run.
+        directory: its output directory.
+        keep: the run goes on with what is there, under the name that it has there.
+
+    Raises:
+        UserError: ``--auto_resume`` would go on with a run of other settings.
+    """
+    run = config.run
+    before: dict[str, Any] = {}
+    if keep and outputs.holds_a_run(directory):
+        before = dict(flatten(read_yaml(directory / "config.yaml")))
+    if run.auto_resume and before:
+        now = dict(flatten(dataclasses.asdict(config)))
+        for item in model.fields():
+            path = item.path
+            if not _decides_training(item) or path not in before or before[path] == now[path]:
+                continue
+            raise UserError(
+                f"--auto_resume: {directory} holds a run with {path}={before[path]}, but this one "
+                f"has {now[path]}: give the same settings, or another --output_dir."
+            )
+    run.id = str(before.get("run.id") or "") or secrets.token_hex(8)
+
+
+def _decides_training(item: Field) -> bool:
+    """Whether a setting is part of what a run is, not of where, how long or how safely it runs."""
+    section, _, name = item.path.partition(".")
+    if section == "run":
+        return name in ("seed", "deterministic", "float32")
+    machine = ("path", "checkpoint", "weights")
+    return section not in ("launch", "evaluate") and not (
+        item.metadata.get("kind") in machine or name in ("workers", "prefetch_factor")
+    )
 
 
 def check_data(spec: RunSpec, config: Any) -> None:
@@ -148,15 +209,14 @@ def fetch_weights(model: Model, config: Any) -> None:
     """Finds or downloads, in place, the files that the settings of kind ``weights`` name.
 
     Such a setting holds a path, a bare name or a public address. Its section may have the
-    settings ``url`` and ``sha256``. Where no address is given, the package's config module may
+    settings ``url`` and ``sha256``; what may be secret in an address is gone afterwards, before
+    the config is written anywhere. Where no address is given, the package's config module may
     know the published one by the file's name, in ``WEIGHT_ADDRESSES``. A download goes beside
     the data set, so this comes after :func:`check_data`.
 
     Raises:
         UserError: the file is nowhere and cannot be had, or is not what it should be.
     """
-    if config.run.resume:
-        return  # the checkpoint has all weights
     module = importlib.import_module(model.schema.__module__)
     addresses: Mapping[str, str] = getattr(module, "WEIGHT_ADDRESSES", {})
     data_path = Path(config.data.path) if config.data.path else None
@@ -166,11 +226,17 @@ def fetch_weights(model: Model, config: Any) -> None:
         value = getattr(holder, name)
         if item.metadata.get("kind") != "weights" or not value:
             continue
-        with _showing(f"{item.path}: downloading {value}") as show:
+        url, word = getattr(holder, "url", ""), download.shown(value) if "://" in value else value
+        if url:
+            holder.url = download.shown(url)
+        if config.run.resume:  # the checkpoint has all weights
+            setattr(holder, name, word)
+            continue
+        with _showing(f"{item.path}: downloading {word}") as show:
             path = download.find_or_fetch(
                 value,
                 data_path,
-                getattr(holder, "url", "") or addresses.get(value, ""),
+                url or addresses.get(value, ""),
                 getattr(holder, "sha256", ""),
                 show,
                 model_directory=model.directory,
@@ -230,6 +296,18 @@ def check_checkpoint_file(file: Path, setting: str) -> None:
         raise UserError(f"{setting}: {file} {what}; give a whole .pth file.")
 
 
+def check_checkpoint_there(directory: Path) -> None:
+    """Tells early that there is nothing to resume from; the ranks find a whole one.
+
+    Raises:
+        UserError: there is no checkpoint in the directory.
+    """
+    if not any(directory.glob("step_*.pth")) and not (directory / "last.pth").is_file():
+        raise UserError(
+            f"--resume: there is no checkpoint in {directory}: start without it, or name a file."
+        )
+
+
 def place(spec: RunSpec, config: Any) -> Place:
     """Finds the device and the ports of a run.
 
@@ -251,18 +329,21 @@ def place(spec: RunSpec, config: Any) -> Place:
                 f"The run needs {processes} {kind} cards from card {first} on, but this machine "
                 f"shows {cards}: choose a run with fewer (_1p), --device_id or --processes."
             )
-    if launch.node_rank >= launch.nnodes:
-        raise UserError(f"--node_rank={launch.node_rank} must be below --nnodes={launch.nnodes}.")
-    if launch.nnodes > 1 and not (launch.master_addr and launch.master_port):
+    fewest, most = node_range(launch)
+    if launch.node_rank >= most:
+        raise UserError(f"--node_rank={launch.node_rank} must be below --nnodes={most}.")
+    if most > 1 and not (launch.master_addr and launch.master_port):
         raise UserError(
             "A run on several machines needs --master_addr and --master_port, the same on each."
         )
-    network(launch.local_addr)
     address = launch.master_addr or "127.0.0.1"
+    if most > 1 and not launch.local_addr:
+        launch.local_addr = _address_towards(address, launch.join_timeout_s)
+    network(launch.local_addr)
     port = launch.master_port
     if launch.node_rank == 0:
-        port = _free_port(port)
-    return Place(kind, processes, launch.nnodes, launch.node_rank, address, port)
+        port = _free_port(launch.local_addr or address, port)
+    return Place(kind, processes, most, launch.node_rank, address, port, fewest)
 
 
 @contextlib.contextmanager
@@ -282,19 +363,19 @@ def _quiet_torch() -> Iterator[None]:
 
 
 def network(local_addr: str) -> dict[str, str]:
-    """Variables that tie HCCL and gloo to the network of ``--local_addr``; the user's own win.
+    """Variables that tie HCCL and gloo to a network; the user's own win.
+
+    Args:
+        local_addr: this machine's address in a run of several, or an empty text.
 
     Raises:
         UserError: no interface of this machine has the address.
     """
+    interfaces = _interfaces()
     if not local_addr:
-        return {}
-    interfaces = {
-        address.address.partition("%")[0]: name
-        for name, addresses in psutil.net_if_addrs().items()
-        for address in addresses
-        if address.family in (socket.AF_INET, socket.AF_INET6)
-    }
+        # One machine: its ranks talk over the loopback, whatever its name resolves to.
+        own = interfaces.get("127.0.0.1")
+        return {"GLOO_SOCKET_IFNAME": own} if own and "GLOO_SOCKET_IFNAME" not in os.environ else {}
     if local_addr not in interfaces:
         raise UserError(
             f"--local_addr={local_addr} is no address of this machine, which has "
@@ -304,18 +385,59 @@ def network(local_addr: str) -> dict[str, str]:
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
-def _free_port(port: int) -> int:
-    """The port itself when it is free, or a free one for 0."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def _interfaces() -> dict[str, str]:
+    """The name of the interface that has an address, by the addresses of this machine."""
+    return {
+        address.address.partition("%")[0]: name
+        for name, addresses in psutil.net_if_addrs().items()
+        for address in addresses
+        if address.family in (socket.AF_INET, socket.AF_INET6)
+    }
+
+
+def _address_towards(address: str, patience_s: float) -> str:
+    """This machine's own address on the way to another's; no packet is sent.
+
+    Args:
+        address: the other's name or address.
+        patience_s: how long its name may not be known yet, as that of a pod that is just starting.
+
+    Raises:
+        UserError: the name means nothing, or there is no way.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
         try:
-            probe.bind(("", port))
+            found = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+            family, kind, protocol, _, where = found
+            with socket.socket(family, kind, protocol) as probe:
+                probe.connect(where)
+                own: str = probe.getsockname()[0]
+                return own
         except OSError as error:
-            raise UserError(
-                f"--master_port={port} cannot be used ({error.strerror}): choose another."
-            ) from error
-        free: int = probe.getsockname()[1]
-        return free
+            unknown = isinstance(error, socket.gaierror)
+            if not unknown or time.monotonic() > deadline:
+                raise UserError(
+                    f"--master_addr={address} cannot be reached ({error.strerror}): give the "
+                    "address of machine 0, the same on each machine."
+                ) from error
+        time.sleep(1)
+
+
+def _free_port(address: str, port: int) -> int:
+    """The port itself when it is free on that address, or a free one for 0."""
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(
+            address, port, type=socket.SOCK_STREAM
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+            free: int = probe.getsockname()[1]
+            return free
+    except OSError as error:
+        given = f"--master_port={port}" if port else f"--master_addr={address}"
+        raise UserError(f"{given} cannot be used ({error.strerror}): choose another.") from error
 
 
 def _to_be_found(value: str) -> bool:

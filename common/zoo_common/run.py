@@ -5,25 +5,27 @@ A model's ``train.py`` holds the loop; this module gives what the loop calls.
 
 import contextlib
 import math
-import os
 import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from zoo_common import checkpoint, distributed
+from zoo_common import checkpoint, distributed, elastic
 from zoo_common import device as devices
 from zoo_common.amp import Precision
+from zoo_common.beats import beat
+from zoo_common.checkpoints import Checkpoints, choose
 from zoo_common.config import to_yaml
 from zoo_common.errors import TrainingError, UserError
+from zoo_common.loss_watch import LossWatch, Snapshot, Stateful
 from zoo_common.runlog import RunLog, StepClock, StepRecord, Throughput, write_json
+from zoo_common.stop_signals import StopSignals
 
 Batch = TypeVar("Batch", covariant=True)
 
@@ -36,16 +38,6 @@ class Metric:
     unit: str
 
 
-class Stateful(Protocol):
-    """What a checkpoint can hold a part of."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain containers and tensors."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
-        """Puts back what :meth:`state_dict` gave."""
-
-
 class TrainData(Protocol[Batch]):
     """A stream of training batches whose position is the number of finished steps."""
 
@@ -53,8 +45,11 @@ class TrainData(Protocol[Batch]):
     def steps_per_epoch(self) -> int:
         """Steps in a pass over the data."""
 
-    def seek(self, step: int) -> None:
-        """Makes the next iteration begin with the batch after ``step`` finished steps."""
+    def seek(self, step: int, met: tuple[elastic.Met, ...] = ()) -> None:
+        """Makes the next iteration begin with the batch after ``step`` finished steps.
+
+        ``met`` is what other processes met of that epoch.
+        """
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches to the last one of the run."""
@@ -69,12 +64,14 @@ class TrainState(Generic[Batch]):
         data: the training data; its position is ``step``.
         global_batch: images of a step over all ranks.
         total_steps: steps of the whole run.
-        parts: what else has a state, by name (``ema``, ...), the same on every rank.
+        parts: what else has a state, by name (``ema``, ...), the same on every rank; it changes
+            after the optimizer's step only, and not when :attr:`Run.left_out` says so.
         rank_parts: what has a state of its own on each rank, by name. A checkpoint holds all of
             them: rank 0 has twice as much as all ranks together in memory while it writes one,
             and on one machine every rank reads all of them when it resumes.
         step: finished steps; in the loop's body, the number of the step under way.
         best: best score so far.
+        met: what other processes met of the epoch that the run goes on in.
     """
 
     precision: Precision
@@ -85,6 +82,7 @@ class TrainState(Generic[Batch]):
     rank_parts: dict[str, Stateful] = field(default_factory=dict)
     step: int = 0
     best: float | None = None
+    met: tuple[elastic.Met, ...] = ()
 
     def stateful(self) -> dict[str, Stateful]:
         """What has a state that all ranks share, beside the weights, by its checkpoint's name."""
@@ -101,33 +99,6 @@ class TrainState(Generic[Batch]):
         return self.step >= self.total_steps
 
 
-class StopSignals:
-    """SIGTERM, SIGINT and SIGHUP ask for a checkpoint and an end; a second one ends at once.
-
-    SIGHUP, a lost terminal, is left alone where it is ignored: that is what nohup means.
-    """
-
-    def __init__(self, log: RunLog) -> None:
-        self.received: int | None = None
-        self._log = log
-        numbers = [signal.SIGTERM, signal.SIGINT]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)
-        self._before = {number: signal.signal(number, self._handle) for number in numbers}
-
-    def restore(self) -> None:
-        """Puts the handlers back that were there before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if self.received is not None:
-            os._exit(128 + number)
-        self.received = number
-        self._log.say(f"{name}: saving a checkpoint after this step; a second one ends at once")
-
-
 class Run:
     """What the loop of a ``train.py`` calls; made by :func:`start_run`.
 
@@ -136,6 +107,7 @@ class Run:
         processes: its rank and the number of ranks.
         directory: the output directory.
         interrupted: a signal ended the steps before the last one.
+        left_out: the step under way is bad, and left out as ``--skip_bad_steps`` asks.
     """
 
     def __init__(
@@ -149,9 +121,25 @@ class Run:
         self._metric = metric
         self._log = RunLog(self.directory, writes=processes.is_main)
         self._signals = StopSignals(self._log)
+        self._saved = Checkpoints(
+            self.checkpoints,
+            keep=config.run.keep_checkpoints,
+            in_background=config.run.save_in_background,
+            on_error=config.run.on_save_error,
+            timeout_s=config.run.save_timeout_s,
+            say=self.say,
+        )
         self._agreement = distributed.StopAgreement()
         self._clock: StepClock | None = None
-        self._losses = _LossWindow()
+        self.left_out = False
+        self._losses = LossWatch(
+            processes.rank,
+            self._log.say,
+            spike_factor=config.run.spike_factor,
+            skips=config.run.skip_bad_steps,
+        )
+        self._precision: Precision | None = None
+        self._snapshot: Snapshot | None = None
         self._first_step = self._step = 0
         self._scores: dict[str, float] = {}
         self._throughput: Throughput | None = None
@@ -171,7 +159,27 @@ class Run:
         """
         path = self.resume_file
         if path is None:
-            return
+            self._log.continue_from(0, 0)  # ranks may have begun, and failed before a checkpoint
+        else:
+            try:
+                self._load(path, state)
+            except (UserError, TrainingError):
+                raise
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                raise _other_state(path, error) from error
+            except RuntimeError as error:
+                if "out of memory" in str(error):
+                    raise
+                raise _other_state(path, error) from error
+        if self.processes.is_main:
+            parts = [part.state_dict() for part in state.rank_parts.values()]
+            shared = [part.state_dict() for part in state.stateful().values()]
+            shared.append(state.precision.model_state_dict())
+            ranks = self.processes.world_size
+            size = checkpoint.size_of(shared) + ranks * checkpoint.size_of(parts)
+            self._saved.begin(path, size)
+
+    def _load(self, path: Path, state: TrainState[Any]) -> None:
         content, own_parts = self._load_everywhere(path)
         if "step" not in content or "parts" not in content:
             raise UserError(
@@ -190,7 +198,12 @@ class Run:
                         f"--resume: {path} holds no state of {name}: was it switched on?"
                     )
                 part.load_state_dict(saved[name])
-        state.step, state.best = content["step"], content["best"]
+        state.step, state.best = elastic.step_at(content, state), content["best"]
+        if state.step < 0 or not isinstance(state.best, (int, float, type(None))):
+            raise ValueError(f"step {state.step}, best {state.best!r:.40}")
+        state.met = elastic.met_before(content, state, self.processes.world_size)
+        if "losses" in content:  # older files have none
+            self._losses.load_state_dict(content["losses"])
         ranks = len(content["rng"])
         if ranks == self.processes.world_size:
             checkpoint.set_rng_state(content["rng"][self.processes.rank], self.device)
@@ -201,7 +214,10 @@ class Run:
                 self.say(
                     f"rank r of {self.processes.world_size} has {name} of rank r modulo {ranks}"
                 )
-        self._log.continue_from(state.step)
+        changed = elastic.describe(content, state)
+        if changed is not None:
+            self.say(changed)
+        self._log.continue_from(content["step"], state.step, content.get("record"))
         self.say(f"resumed from {path.name} at step {state.step}")
 
     def _load_everywhere(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -224,6 +240,8 @@ class Run:
 
         ``state.step`` is the number of the step under way. All ranks stop at the same step.
         """
+        processes = self.processes
+        self._log.started(state.step, processes.world_size, processes.nnodes)
         left = state.total_steps - state.step
         warmup = min(self.config.run.warmup_steps, left // 2)
         self._first_step = state.step + 1
@@ -232,13 +250,17 @@ class Run:
             warmup,
             lambda: devices.synchronize(self.device),
         )
+        self._precision = state.precision
+        state.precision.name_step = self._losses.name_step
+        if self._losses.skips:
+            self._snapshot = Snapshot(state.precision.model, list(state.rank_parts.values()))
         with devices.profiler(
             self.device,
             self.directory / "profile",
             self._traced_steps(left, warmup),
             warmup,
         ) as profile_step:
-            state.data.seek(state.step)
+            state.data.seek(state.step, state.met)
             batches = iter(state.data)
             while not state.done:
                 if self._agreement.agreed(self._signals.received is not None):
@@ -248,8 +270,13 @@ class Run:
                 batch = next(batches)
                 self._clock.waited(time.perf_counter() - asked)
                 state.step += 1
+                beat(f"step {state.step}", working=True)
                 self._step = state.step
+                self.left_out = False
+                if self._snapshot is not None:
+                    self._snapshot.take()
                 yield batch
+                self._saved.poll()
                 self._clock.tick()
                 profile_step()
         self._agreement.drain()
@@ -264,23 +291,41 @@ class Run:
         return traced
 
     def total(self, losses: Mapping[str, Tensor], item_ids: Sequence[str]) -> Tensor:
-        """The sum of the loss parts, kept for the record and watched for NaN and infinity.
+        """The sum of the loss parts, kept for the record and watched, see zoo_common.loss_watch.
 
-        On a CPU a loss that is not finite stops the run before the optimizer steps. On other
-        devices reading it would stall every step, so it is found at the next log step; no
-        checkpoint is written in between.
+        On a CPU a loss that is not finite, or a spike, stops the run before the optimizer steps.
+        On other devices reading it would stall every step, so it is found at the next log step;
+        no checkpoint is written in between. With ``--skip_bad_steps`` each step is read, and
+        :meth:`Precision.step` leaves out a bad one on all ranks: weights, optimizer, buffers and
+        ``rank_parts`` are then as they were before the step, which is not taken again.
 
         Args:
             losses: float32 scalars by name.
             item_ids: names of the batch's images, for the error.
 
         Raises:
-            TrainingError: a loss is not finite.
+            TrainingError: a loss is not finite or a spike, more often than may be left out.
         """
         self._losses.add(self._step, losses, item_ids)
-        if self.device.type == "cpu":
+        if self._snapshot is not None:
+            self._leave_out_bad_step(self._snapshot)
+        elif self.device.type == "cpu":
             self._losses.check()
         return torch.stack(list(losses.values())).sum()
+
+    def _leave_out_bad_step(self, snapshot: Snapshot) -> None:
+        found = self._losses.leaves_out()
+        if not found or self.left_out:
+            return
+        assert self._precision is not None
+        self._losses.count(found)
+        self.left_out = True
+        self._precision.leave_out(snapshot.put_back)
+        for bad in found:
+            self.say(
+                f"left out step {bad.step}, number {self._losses.bad_steps} of "
+                f"{self._losses.skips} that may be: {bad.describe()}"
+            )
 
     def log(
         self, state: TrainState[Any], lr: float, values: Mapping[str, Tensor] | None = None
@@ -299,6 +344,8 @@ class Run:
             return
         self._losses.check()
         losses = self._losses.means()
+        if not losses:
+            return  # all steps since the last record were left out
         step_s, data_s = self._clock.window()
         precision = state.precision
         norm = precision.grad_norm
@@ -319,6 +366,7 @@ class Run:
             skipped_steps=precision.skipped_steps,
             time=time.time(),
             values={name: float(value.detach()) for name, value in (values or {}).items()},
+            bad_steps=self._losses.bad_steps,
         )
         self._log.step(record)
         self._result["final_loss"] = record.loss
@@ -328,13 +376,19 @@ class Run:
         return every > 0 and state.step % every == 0 and not state.done
 
     def save(self, state: TrainState[Any]) -> None:
-        """Writes ``checkpoints/last.pth``; every rank calls it, rank 0 writes.
+        """Writes ``checkpoints/step_*.pth``; every rank calls it, rank 0 writes.
+
+        Training goes on meanwhile, from the last save it does not: see zoo_common.checkpoints.
 
         Raises:
-            TrainingError: the disk does not take it, or a loss was not finite.
+            TrainingError: the disk does not take it, or the one before, or a loss was not finite.
         """
         with self._paused():
+            beat(f"saving step {state.step}")
             self._losses.check()
+            final = state.done or self.interrupted
+            if self.processes.is_main:
+                self._saved.make_room(final=final)
             own = {name: part.state_dict() for name, part in state.rank_parts.items()}
             ranks = distributed.gather_results(
                 [(checkpoint.rng_state(self.device), checkpoint.as_arrays(own))], to="main"
@@ -342,25 +396,27 @@ class Run:
             if self.processes.is_main:
                 content = {
                     "format": checkpoint.FORMAT,
+                    "run_id": self.config.run.id,
                     "model": state.precision.model_state_dict(),
                     "step": state.step,
                     "epoch": state.epoch,
                     "best": state.best,
+                    **elastic.position(state, self.processes.world_size),
+                    "record": self._log.lines(),
+                    "losses": self._losses.state_dict(),
                     "parts": {name: part.state_dict() for name, part in state.stateful().items()},
                     "rng": [checkpoint.as_tensors(rng) for rng, _ in ranks],
                     "rank_parts": [checkpoint.as_tensors(parts) for _, parts in ranks],
                     "config": to_yaml(self.config),
                 }
-                checkpoint.save(self.checkpoints / "last.pth", content)
-                self.say(f"saved {self.checkpoints.name}/last.pth at step {state.step}")
+                # What came from other processes nobody else holds.
+                unshared = ("rng", "rank_parts") if len(ranks) > 1 else ("rng",)
+                self._saved.save(state.step, content, unshared=unshared, final=final)
 
     @property
     def resume_file(self) -> Path | None:
         """The checkpoint that ``--resume`` means, if it was given."""
-        where = self.config.run.resume
-        if not where:
-            return None
-        return self.checkpoints / "last.pth" if where == "last" else Path(where)
+        return Path(self.config.run.resume) if self.config.run.resume else None
 
     @property
     def checkpoints(self) -> Path:
@@ -370,6 +426,7 @@ class Run:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """What is done inside is no part of the training throughput."""
+        beat("evaluation")
         with self._paused():
             yield
 
@@ -411,7 +468,7 @@ class Run:
                     "metrics": dict(metrics),
                     "config": to_yaml(self.config),
                 }
-                checkpoint.save(self.checkpoints / "best.pth", content)
+                self._saved.save_best(content)
 
     def finish(self, state: TrainState[Any] | None = None, batch_size: int = 0) -> None:
         """Writes ``result.json`` on each machine; the last thing that a run does.
@@ -419,12 +476,16 @@ class Run:
         Args:
             state: the training state, when this was a training run.
             batch_size: what the user gives as ``--batch_size``.
+
+        Raises:
+            TrainingError: the disk did not take the last checkpoints.
         """
+        self._saved.wait()
         self._log.close()
         self._signals.restore()
         if self.processes.local_rank != 0:
             return  # one a machine: the launchers of all machines tell how the run ended
-        config, launch = self.config, self.config.launch
+        config = self.config
         world_size = self.processes.world_size
         steps = state.step if state else 0
         metric = None
@@ -442,7 +503,7 @@ class Run:
             "batch_size": batch_size,
             "global_batch": state.global_batch if state else batch_size * world_size,
             "world_size": world_size,
-            "nnodes": launch.nnodes,
+            "nnodes": self.processes.nnodes,
             "device": devices.describe(self.device),
             "precision": state.precision.describe() if state else config.precision.opt_level,
             "seed": config.run.seed,
@@ -451,6 +512,7 @@ class Run:
             "git_commit": git_commit(),
             "train_seconds": round(time.time() - self._started, 3),
             "final_loss": self._result.get("final_loss"),
+            "bad_steps": self._losses.bad_steps,
         }
         write_json(self.directory / "result.json", result)
 
@@ -458,47 +520,6 @@ class Run:
     def _paused(self) -> Iterator[None]:
         with self._clock.pause() if self._clock else contextlib.nullcontext():
             yield
-
-
-class _LossWindow:
-    """The loss parts since the last log step, kept on the device."""
-
-    def __init__(self) -> None:
-        self._names: list[str] = []
-        self._sum: Tensor | None = None
-        self._count = 0
-        self._unchecked: list[tuple[int, Tensor, Sequence[str]]] = []
-
-    def add(self, step: int, losses: Mapping[str, Tensor], item_ids: Sequence[str]) -> None:
-        values = torch.stack([value.detach().float() for value in losses.values()])
-        self._names = list(losses)
-        self._sum = values if self._sum is None else self._sum + values
-        self._count += 1
-        self._unchecked.append((step, values, item_ids))
-
-    def check(self) -> None:
-        unchecked, self._unchecked = self._unchecked, []
-        if not unchecked:
-            return
-        finite = torch.stack([values for _, values, _ in unchecked]).isfinite().all(dim=1)
-        if bool(finite.all()):
-            return
-        step, values, item_ids = unchecked[finite.tolist().index(False)]
-        parts = ", ".join(
-            f"{name}={value:g}" for name, value in zip(self._names, values.tolist(), strict=True)
-        )
-        raise TrainingError(
-            f"The loss is not finite ({parts}) on rank {distributed.read_environment().rank} at "
-            f"step {step}; its images are {', '.join(item_ids)}: look at them, or lower the "
-            "learning rate, and continue with --resume."
-        )
-
-    def means(self) -> dict[str, float]:
-        """Means over steps and ranks; empties the window."""
-        assert self._sum is not None
-        means = distributed.mean_across(self._sum / self._count).tolist()
-        self._sum, self._count = None, 0
-        return dict(zip(self._names, means, strict=True))
 
 
 @contextlib.contextmanager
@@ -525,14 +546,30 @@ def start_run(config: Any, metric: Metric) -> Iterator[Run]:
     processes = distributed.start(device, timeout_s=settings.timeout_s)
     try:
         devices.seed_everything(settings.seed, processes.rank)
+        warnings: list[str] = []
+        if processes.is_main:
+            settings.resume = choose(settings, warnings.append)
+        settings.resume = distributed.broadcast_object(settings.resume)
         run = Run(config, metric, device, processes)
+        for text in warnings:
+            run.say(text)
         run.say(
             f"{devices.describe(device)}, {processes.world_size} process(es), "
             f"seed {settings.seed}, torch {torch.__version__}"
         )
-        yield run
+        with contextlib.closing(run._saved):
+            yield run
     finally:
         distributed.stop()
+
+
+def _other_state(path: Path, error: BaseException) -> UserError:
+    """For a file that is whole, but holds other things than a state of this run."""
+    what = " ".join(str(error).split()) or type(error).__name__
+    return UserError(
+        f"--resume: {path} is no state that this run can go on from ({what:.200}): give a "
+        "checkpoint of the same model and settings."
+    )
 
 
 def git_commit() -> str | None:

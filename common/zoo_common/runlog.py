@@ -7,6 +7,8 @@ that a killed run has a record of all that it did.
 import contextlib
 import json
 import math
+import operator
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
+
+from zoo_common.worker import REASON_VARIABLE
+
+_METRICS, _EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 
 
 @dataclass
@@ -37,6 +43,7 @@ class StepRecord:
         skipped_steps: optimizer steps skipped for float16 overflow, since the start.
         time: Unix time.
         values: what else the model watches, as it is on rank 0 after the step.
+        bad_steps: steps left out under ``--skip_bad_steps``, since the start.
     """
 
     step: int
@@ -55,6 +62,7 @@ class StepRecord:
     skipped_steps: int
     time: float
     values: dict[str, float] = field(default_factory=dict)
+    bad_steps: int = 0
 
 
 @dataclass
@@ -152,13 +160,45 @@ class RunLog:
         self._writes = writes
         self._board: SummaryWriter | None = None
         self._purge_step: int | None = None
+        self._lines = dict.fromkeys((_METRICS, _EVALUATIONS), 0)
 
-    def continue_from(self, step: int) -> None:
-        """Drops what a resumed run recorded behind ``step``, because it is done again."""
-        if self._writes:
-            for name in ("metrics.jsonl", "evaluations.jsonl"):
-                _drop_lines_behind(self.directory / name, step)
-            self._purge_step = step + 1
+    def lines(self) -> dict[str, int]:
+        """How many lines each file has, for :meth:`continue_from`; of the rank that writes."""
+        return dict(self._lines)
+
+    def continue_from(
+        self, step: int, counted: int | None = None, lines: Mapping[str, int] | None = None
+    ) -> None:
+        """Drops what a resumed run recorded behind its checkpoint, because it is done again.
+
+        Step numbers fall where a run goes on with more images a step than before, so that they
+        alone do not tell what is behind. TensorBoard has nothing but them, and shows the last run.
+
+        Args:
+            step: the checkpoint's step, as it was counted then.
+            counted: the same step, as this run counts; None: the same number.
+            lines: what :meth:`lines` was at the checkpoint; files that are not those it counted,
+                as in another directory, are cut by ``step``.
+        """
+        if not self._writes:
+            return
+        for name in self._lines:
+            self._lines[name] = _cut(self.directory / name, step, (lines or {}).get(name))
+        self._purge_step = (step if counted is None else counted) + 1
+
+    def started(self, step: int, world_size: int, nnodes: int) -> None:
+        """Notes in ``starts.jsonl`` that the ranks began, behind ``step`` finished steps."""
+        if not self._writes:
+            return
+        start = {
+            "time": time.time(),
+            "step": step,
+            "world_size": world_size,
+            "nnodes": nnodes,
+            "reason": os.environ.get(REASON_VARIABLE, "").partition("\n")[0],
+        }
+        with (self.directory / "starts.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(start) + "\n")
 
     def say(self, text: str) -> None:
         """A line for people, with the time, in this rank's text log."""
@@ -168,7 +208,7 @@ class RunLog:
         """Records a log step."""
         if not self._writes:
             return
-        self._append("metrics.jsonl", asdict(record))
+        self._append(_METRICS, asdict(record))
         scalars = {
             "loss": record.loss,
             "lr": record.lr,
@@ -195,7 +235,7 @@ class RunLog:
             "images": images,
             "seconds": seconds,
         }
-        self._append("evaluations.jsonl", line)
+        self._append(_EVALUATIONS, line)
         self._show("evaluation", metrics, step)
         scores = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
         self.say(f"evaluation at step {step}: {scores}  ({images} images in {seconds:.1f} s)")
@@ -218,6 +258,7 @@ class RunLog:
         self.directory.mkdir(parents=True, exist_ok=True)
         with (self.directory / name).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
+        self._lines[name] += 1
 
 
 def format_step(record: StepRecord) -> str:
@@ -236,6 +277,8 @@ def format_step(record: StepRecord) -> str:
         parts.append(f"grad {record.grad_norm:.2f}")
     if record.loss_scale != 1:
         parts.append(f"scale {record.loss_scale:g} ({record.skipped_steps} skipped)")
+    if record.bad_steps:
+        parts.append(f"{record.bad_steps} bad left out")
     if record.images_per_sec is not None:
         parts.append(f"{record.images_per_sec:.1f} images/s")
     parts += [
@@ -260,14 +303,22 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     partial.replace(path)
 
 
-def _drop_lines_behind(file: Path, step: int) -> None:
+def _cut(file: Path, step: int, lines: int | None) -> int:
+    """Leaves so many lines, or those that are not behind a step; returns how many."""
     if not file.is_file():
-        return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # a killed run may leave half a line
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+        return 0
+    kept, steps = [], []
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+        # A killed run may leave half a line, and a disk that failed anything.
+        with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
+            steps.append(operator.index(json.loads(line)["step"]))
+            kept.append(line + "\n")
+    counts_these = lines is not None and lines <= len(kept) and steps[:lines][-1:] <= [step]
+    if counts_these:
+        kept = kept[:lines]
+    else:
+        kept = [line for line, at in zip(kept, steps, strict=True) if at <= step]
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(file)
+    return len(kept)

@@ -1,7 +1,9 @@
 """Settings of the toy model, faults included."""
 
+import copy
 from dataclasses import dataclass
 
+from zoo_common import elastic
 from zoo_common.config import LaunchConfig, PrecisionConfig, RunConfig, section, setting
 
 
@@ -13,15 +15,28 @@ class DataConfig:
     batch_size: int = setting(4, "points per process and step", at_least=1)
     steps: int = setting(8, "steps of the run", at_least=1)
     save_every: int = setting(2, "steps between checkpoints", at_least=1)
+    per_epoch: int = setting(4, "steps of an epoch", at_least=1)
+    lr: float = setting(0.05, "learning rate", more_than=0)
+    evaluate_every: int = setting(
+        0, "steps between evaluations; 0: none before the end", at_least=0
+    )
 
 
 @dataclass
 class FaultConfig:
     """What goes wrong, and at which step."""
 
-    kind: str = setting("", "fault", choices=("", "crash", "user", "kill", "nan", "hang", "memory"))
+    kind: str = setting(
+        "",
+        "fault",
+        choices=(
+            *("", "crash", "user", "kill", "hang", "memory"),
+            *("nan", "inf", "spike", "overflow"),
+        ),
+    )
     rank: int = setting(0, "rank that it meets", at_least=0)
     step: int = setting(3, "step at which it happens", at_least=1)
+    steps: int = setting(1, "steps from there on that have bad points", at_least=1)
     step_time_s: float = setting(0.0, "seconds that each step takes longer", at_least=0)
 
 
@@ -35,6 +50,19 @@ class Config:
     precision: PrecisionConfig = section(PrecisionConfig)
     run: RunConfig = section(RunConfig)
     launch: LaunchConfig = section(LaunchConfig)
+
+
+def for_world(config: Config, world_size: int) -> Config:
+    """The settings for another number of processes."""
+    share = elastic.share(config, world_size)
+    scaled = copy.deepcopy(config)
+    elastic.scale_run(scaled.run, share)
+    scaled.data.steps = elastic.steps_for(config.data.steps, share)
+    scaled.data.save_every = elastic.steps_for(config.data.save_every, share)
+    scaled.data.per_epoch = elastic.steps_for(config.data.per_epoch, share)
+    scaled.data.evaluate_every = elastic.steps_for(config.data.evaluate_every, share)
+    scaled.data.lr *= float(share)
+    return scaled
 
 
 CARD_OPTIONS = {"--steps": "data.steps", "--weights": "weights"}
