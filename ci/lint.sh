@@ -15,7 +15,7 @@ check() {
 }
 
 mapfile -d '' -t shell_files < <(find . -name '.venv*' -prune -o -name .git -prune -o -type f \
-    \( -name '*.sh' -o -path './.ci/run' \) -print0 | sort -zu)
+    \( -name '*.sh' -o -name '*.sbatch' -o -path './.ci/run' \) -print0 | sort -zu)
 
 check ruff ruff check .
 check format ruff format --check .
@@ -25,6 +25,7 @@ check codespell codespell
 check imports lint-imports
 check layout python tools/check_layout.py
 check tables python tools/tables.py --check
+check pins python tools/lock.py --check
 
 if ((${#failed[@]})); then
     echo "lint: failed: ${failed[*]}"
