@@ -1,4 +1,4 @@
-"""ci/lint.sh, ci/test.sh, ci/test_npu_sim.sh and .ci/run: what they start, and how they end."""
+"""The scripts of ci/ and .ci/run: what they start, and how they end."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-STEPS = ["lint", "test", "test_npu_sim", "smoke", "copy_out"]
+STEPS = ["lint", "test", "test_faults", "test_npu_sim", "smoke", "copy_out"]
 
 
 def run(script: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -52,7 +52,7 @@ def lint_tools(copy: Path, stub_venv: Path) -> Path:
     for name in ("ruff", "mypy", "shellcheck", "codespell", "lint-imports"):
         body = f'echo "{name} $*" >> "{calls}"; [[ "{name} $*" != "${{BREAK-none}}"* ]]'
         stub(copy / ".venv" / "bin" / name, body)
-    for program in ("check_layout.py", "tables.py"):
+    for program in ("check_layout.py", "tables.py", "lock.py"):
         (copy / "tools" / program).write_text("")
     return calls
 
@@ -82,6 +82,71 @@ def test_tests_get_pytest_words(copy: Path, stub_venv: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert "1 passed" in result.stdout
     assert "ci/requirements.txt" in stub_venv.read_text()
+
+
+@pytest.fixture
+def fault_tests(copy: Path, stub_venv: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three tests of faults in the copy and no others; gives the file in which they sign."""
+    for file in (copy / "tests").rglob("*.py"):
+        file.unlink()
+    (copy / "tests" / "faults" / "test_only.py").write_text(OF_FAULTS)
+    done = copy / "done"
+    monkeypatch.setenv("DONE", str(done))
+    return done
+
+
+@pytest.mark.parametrize(
+    ("words", "ran"),
+    [
+        ([], ["quick", "thorough", "alone"]),
+        (["--quick"], ["quick"]),
+        (["tests/faults/test_only.py::test_alone"], ["alone"]),
+    ],
+)
+def test_what_measures_is_run_after_the_other_tests_of_faults(
+    copy: Path, fault_tests: Path, words: list[str], ran: list[str]
+) -> None:
+    result = run(copy / "ci" / "test_faults.sh", *words)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert fault_tests.read_text().split() == ran
+
+
+def test_a_test_of_faults_that_fails_or_is_not_there(copy: Path, fault_tests: Path) -> None:
+    result = run(copy / "ci" / "test_faults.sh", "--quick", BREAK="1")
+    assert result.returncode == 1 and "1 failed" in result.stdout
+    assert run(copy / "ci" / "test_faults.sh", "-k", "no_such_test").returncode == 5
+    result = run(copy / "ci" / "test.sh", "tests", "--numprocesses=0")
+    assert result.returncode == 5, "ci/test.sh leaves tests/faults out"
+
+
+OF_FAULTS = """
+import os
+from pathlib import Path
+
+import pytest
+
+
+def note(word):
+    with Path(os.environ["DONE"]).open("a") as stream:
+        print(word, file=stream)
+    assert "BREAK" not in os.environ
+
+
+def test_quick():
+    note("quick")
+
+
+@pytest.mark.thorough
+def test_thorough():
+    note("thorough")
+
+
+@pytest.mark.thorough
+@pytest.mark.alone
+def test_alone():
+    assert "PYTEST_XDIST_WORKER" not in os.environ
+    note("alone")
+"""
 
 
 def test_tests_on_simulated_npus(copy: Path, stub_venv: Path) -> None:

@@ -379,7 +379,7 @@ def test_a_machine_that_finds_no_other_says_so_in_time(toy: Path, free_port: int
         (["train_1p", "--device=tpu"], "--device=tpu is no device"),
         (["train_1p", "--output_dir=/proc/zoo"], "Cannot make the output directory /proc/zoo"),
         (["train_1p", "--weights=none.pth"], "weights: there is no checkpoint file"),
-        (["train_1p", "--resume"], "--resume: there is no checkpoint file"),
+        (["train_1p", "--resume"], "--resume: there is no checkpoint in"),
         (["train_1p", "--resume=toy.yaml"], "toy.yaml is no PyTorch checkpoint"),
         (["train_1p", "--nnodes=2"], "needs --master_addr and --master_port"),
         (["train_1p", "--local_addr=203.0.113.9"], "--local_addr=203.0.113.9 is no address of"),
