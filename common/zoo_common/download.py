@@ -97,9 +97,9 @@ def find_or_fetch(
             message says where to put the file.
     """
     if "://" in name:
-        url, name = name, urllib.parse.unquote(urllib.parse.urlsplit(name).path.rpartition("/")[2])
-    if not name:
-        raise UserError(f"The address {url} names no file: give that of the file itself.")
+        url, name = name, _last_part(name)
+    if not name or name == ".." or "\0" in name:
+        raise UserError(f"The address {shown(url)} names no file: give that of the file itself.")
     if os.environ.get(MIRROR_VARIABLE):
         url = os.environ[MIRROR_VARIABLE].rstrip("/") + "/"
     if Path(name).name != name:
@@ -123,6 +123,24 @@ def find_or_fetch(
     if sha256 and _digest(path, "sha256") != sha256.lower():
         raise UserError(f"{path} has not the sha256 {sha256} that is asked for: replace the file.")
     return path
+
+
+def shown(url: str) -> str:
+    """An address for people and records: without user, password and query, which may be secret."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:  # brackets that are no IPv6 address
+        return "an address"
+    host = parts.netloc.rpartition("@")[2]
+    return urllib.parse.urlunsplit((parts.scheme, host, parts.path, "", ""))
+
+
+def _last_part(url: str) -> str:
+    """The name of an address's file; empty for none."""
+    try:
+        return urllib.parse.unquote(urllib.parse.urlsplit(url).path.rpartition("/")[2])
+    except ValueError:
+        return ""
 
 
 def places(data_path: Path | None, model_directory: Path | None = None) -> list[Path]:
@@ -160,8 +178,11 @@ def fetch(
     Raises:
         UserError: with the file, the address, the reason, and where to put it by hand.
     """
-    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-        raise UserError(f"{url} is no address to download {target.name} from: use http or https.")
+    address = shown(url)
+    if not re.match("https?://[^/]", address):
+        raise UserError(
+            f"{address} is no address to download {target.name} from: use http or https."
+        )
     part = target.with_name(f"{target.name}.part")
     sidecar = part.with_name(f"{part.name}.json")
     try:
@@ -175,14 +196,14 @@ def fetch(
                 part.replace(target)
     except _TransferError as error:
         raise UserError(
-            f"Cannot download {target.name} from {url}: {error}; put the file at {target} by "
+            f"Cannot download {target.name} from {address}: {error}; put the file at {target} by "
             f"hand, or set {MIRROR_VARIABLE} to the address of a directory that has it."
         ) from error
     except (_DiskError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f"Cannot write {target} for the download of {url}: {reason}; put the file in another "
-            "place and give its path."
+            f"Cannot write {target} for the download of {address}: {reason}; put the file in "
+            "another place and give its path."
         ) from error
     return target
 
@@ -349,20 +370,20 @@ def _read_notes(sidecar: Path) -> _Notes:
     try:
         content = json.loads(sidecar.read_text(encoding="utf-8"))
         return _Notes(str(content["url"]), str(content["validator"]), int(content["total"]))
-    except (FileNotFoundError, ValueError, TypeError, LookupError):
+    except (FileNotFoundError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
         return _Notes("")
 
 
 def _examine(part: Path, url: str, name: str, sha256: str, check: Check | None) -> None:
     """Removes a part that is whole but not what it should be."""
-    published = urllib.parse.unquote(urllib.parse.urlsplit(url).path.rpartition("/")[2])
+    published = _last_part(url)
     try:
         _verify(part, (name, published), sha256)
         if check is not None:
             check(part)
     except UserError as error:
         part.unlink()
-        raise UserError(f"What {url} gave was thrown away: {error}") from error
+        raise UserError(f"What {shown(url)} gave was thrown away: {error}") from error
 
 
 def _verify(path: Path, names: tuple[str, ...], sha256: str) -> None:

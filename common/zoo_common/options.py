@@ -138,4 +138,4 @@ def _unknown(word: str, name: str, by_name: Mapping[str, Option], paths: set[str
     candidates = [option.name for option in by_name.values()] + sorted(paths)
     guess = nearest(_normal(name), candidates) or nearest(name, candidates)
     hint = f"did you mean {guess}?" if guess else "--help lists what is known."
-    return f"Unknown option {word!r}: {hint}"
+    return f"Unknown option {word[:200]!r}: {hint}"

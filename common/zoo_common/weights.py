@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
-from zoo_common import checkpoint, pickles
+from zoo_common import checkpoint, pickles, yaml_text
 from zoo_common.errors import UserError
 
 _COUNTER = ".num_batches_tracked"  # changes no number: neither asked for nor reported
@@ -48,8 +47,14 @@ class Content:
 
     def recorded(self, *names: str) -> dict[str, Any]:
         """Those settings of the section ``model`` that a checkpoint of this zoo has recorded."""
-        section = (yaml.safe_load(self.rest["config"]) or {}).get("model", {})
-        return {name: section[name] for name in names if name in section}
+        try:
+            section = (yaml_text.parse(self.rest["config"]) or {}).get("model", {})
+            return {name: section[name] for name in names if name in section}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{self.path} has no readable config with its weights: give a checkpoint as the "
+                "run wrote it."
+            ) from error
 
 
 @dataclass
@@ -303,7 +308,7 @@ class Reader:
             UserError: the file cannot be used, or holds no detector.
         """
         rows = self.read(Path(path)).tensors.get(self.class_layer)
-        if rows is None:
+        if rows is None or rows.ndim == 0:
             raise UserError(f"{path} holds no detector, but a backbone: give a trained one.")
         return len(rows) - self.background
 
@@ -389,16 +394,21 @@ def _tensor(value: "Tensor | np.ndarray[Any, Any]") -> Tensor:
 
 
 def _same(one: Any, other: Any) -> bool:
-    if isinstance(other, list):
-        return len(one) == len(other) and bool(np.allclose(one, other, rtol=0, atol=2e-3))
+    if isinstance(one, (list, tuple)) and isinstance(other, list):
+        try:
+            return len(one) == len(other) and bool(np.allclose(one, other, rtol=0, atol=2e-3))
+        except (TypeError, ValueError, OverflowError):  # the file has no numbers there
+            return False
     return bool(one == other)
 
 
 def _written(value: Any) -> str:
     """A setting as the command line takes it."""
     if isinstance(value, (list, tuple)):
-        return "[" + ",".join(f"{number:g}" for number in value) + "]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        return "[" + ",".join(map(_written, value)) + "]"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value).lower() if isinstance(value, bool) else f"{value!s:.200}"
 
 
 def _shape(lengths: tuple[int, ...]) -> str:
@@ -407,5 +417,5 @@ def _shape(lengths: tuple[int, ...]) -> str:
 
 def _groups(names: list[str]) -> str:
     """Names, cut to their first parts, a few of them."""
-    heads = list(dict.fromkeys(re.sub(r"\.[a-z_]+$", "", name) for name in names))
+    heads = list(dict.fromkeys(re.sub(r"\.[a-z_]+$", "", name[:100]) for name in names))
     return ", ".join(heads[:4]) + (", ..." if len(heads) > 4 else "")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import mmap
 import os
 import struct
@@ -22,17 +23,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from zoo_common.cache_files import Stamp, alone, cache_places, temporary_name
 from zoo_common.errors import UserError
+from zoo_common.flaky import retried
 
 Arrays = dict[str, NDArray[Any]]
 
 _MAGIC = b"ZOOARRAY"
 _PREAMBLE = struct.Struct("<8sQQ")  # magic, bytes of the header, the header's CRC
 _ALIGNMENT = 64
+_KINDS = ("|b1", "|u1", "<i4", "<i8", "<f4", "<f8")  # of arrays; others of NumPy's can hold objects
 
 
 class Built(NamedTuple):
@@ -56,6 +60,17 @@ class Mapped:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.path, self.fingerprint)
+
+
+class _Header(msgspec.Struct):
+    """What stands in a cache before its arrays; of each its name, kind, shape, place and sum."""
+
+    version: str
+    stamp: list[int]
+    settled: bool
+    sha256: str
+    arrays: list[tuple[str, str, tuple[int, ...], int, int]]
+    facts: dict[str, Any]
 
 
 class _Source(NamedTuple):
@@ -120,7 +135,7 @@ class _Finder:
 
     def find(self) -> Mapped | None:
         with _readable(self._path):
-            stamp = Stamp.of(self._path.stat())
+            stamp = Stamp.of(retried(self._path.stat, self._path))
         for place in self.places:
             header = _read_header(place)
             if header is None or header["version"] != self._version:
@@ -141,7 +156,11 @@ class _Finder:
 
     def read(self) -> _Source:
         """The source as it is now: read again only if its stamp has changed."""
-        with _readable(self._path), self._path.open("rb") as stream:
+        with _readable(self._path):
+            return retried(self._read_now, self._path)
+
+    def _read_now(self) -> _Source:
+        with self._path.open("rb") as stream:
             begin = time.time_ns()
             stamp = Stamp.of(os.fstat(stream.fileno()))
             if self._source is not None and self._source.stamp == stamp:
@@ -224,6 +243,10 @@ def _read_header(place: Path) -> dict[str, Any] | None:
         return None
     if zlib.crc32(text) != crc:
         return None
+    try:
+        msgspec.json.decode(text, type=_Header)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
     header: dict[str, Any] = json.loads(text)
     header["begin"] = _PREAMBLE.size + length
     return header
@@ -238,10 +261,12 @@ def _map(place: Path, header: Mapping[str, Any]) -> Mapped | None:
         return None
     arrays: Arrays = {}
     for name, kind, shape, offset, _ in header["arrays"]:
+        if kind not in _KINDS:
+            return None
         dtype = np.dtype(kind)
-        count = int(np.prod(shape, dtype=np.int64))
+        count = math.prod(shape)
         begin = header["begin"] + offset
-        if begin + count * dtype.itemsize > len(memory):
+        if min((offset, *shape)) < 0 or begin + count * dtype.itemsize > len(memory):
             return None
         if count:
             arrays[name] = np.frombuffer(memory, dtype, count, begin).reshape(shape)

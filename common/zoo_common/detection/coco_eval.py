@@ -27,6 +27,7 @@ from pycocotools import mask as mask_utils
 from zoo_common import distributed
 from zoo_common.detection.coco import CocoIndex
 from zoo_common.errors import TrainingError, UserError
+from zoo_common.flaky import read_bytes
 
 Kind = Literal["bbox", "segm"]
 Result = TypeVar("Result")
@@ -443,12 +444,12 @@ class _Object(NamedTuple):
 
 def _read_json(path: Path) -> Mapping[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_bytes(path))
     except OSError as error:
         raise UserError(
             f"Cannot read the annotations {path}: {error.strerror}; give the path of a COCO JSON."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"The annotations {path} are no JSON ({error}): copy or download the file again."
         ) from error

@@ -34,6 +34,9 @@ _ROUNDING = 0.02
 _RLES_AT_ONCE = 256
 _SHOWN = 60
 
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for a text that is no JSON, or not what it should be."""
+
 _Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _Side = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
@@ -98,7 +101,7 @@ def parse(data: bytes, path: Path) -> Built:
     """
     try:
         file = _DECODER.decode(data.removeprefix(codecs.BOM_UTF8))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise _explain(data, path, error) from error
     for name in ("images", "categories"):
         if not getattr(file, name):
@@ -182,7 +185,7 @@ def _outlines(annotations: Sequence[_Annotation], path: Path) -> Arrays:
     for row, item in enumerate(annotations):
         try:
             segmentation = _SEGMENTATION.decode(item.segmentation or b"null")
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise UserError(
                 f"Annotation {item.id} of {path} has a segmentation that is neither a list of "
                 f"polygons nor a run-length encoding ({error}); mend or remove it."
@@ -419,7 +422,7 @@ def _explain(data: bytes, path: Path, error: Exception) -> UserError:
         return UserError(f"{path} is not valid JSON ({error}; {begin}); {expected}.")
     try:
         sections = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
-    except msgspec.DecodeError:
+    except UNREADABLE:
         what = "a list, as of detections" if data.lstrip()[:1] == b"[" else begin
         return UserError(f"{path} is no COCO file but {what}; {expected}.")
     kind = _kind(sections)
@@ -440,7 +443,7 @@ def _kind(sections: dict[str, msgspec.Raw]) -> str:
     if "annotations" in sections:
         try:
             first = msgspec.json.decode(sections["annotations"], type=list[dict[str, Any]])[:1]
-        except msgspec.ValidationError:
+        except UNREADABLE:
             first = []
         for key, what in (("caption", "captions"), ("segments_info", "panoptic segments")):
             if first and key in first[0] and "bbox" not in first[0]:
@@ -454,15 +457,15 @@ def _first_bad_item(section: msgspec.Raw, name: str, item_type: type[Any]) -> st
     """Finds the item that is not as it should be, which msgspec's message does not name."""
     try:
         items = msgspec.json.decode(section, type=list[msgspec.Raw])
-    except msgspec.ValidationError as error:
+    except UNREADABLE as error:
         return f"its {name} are no list ({error})"
     for position, item in enumerate(items):
         try:
             msgspec.json.decode(item, type=item_type, strict=False)
-        except msgspec.ValidationError as error:
+        except UNREADABLE as error:
             try:
                 which = f"with id {msgspec.json.decode(item, type=dict[str, Any])['id']}"
-            except (msgspec.ValidationError, KeyError):
+            except (*UNREADABLE, KeyError):
                 which = f"number {position + 1}"
             return f"the item {which} of its {name} is wrong ({error})"
     return ""

@@ -68,6 +68,7 @@ from zoo_common.detection.transforms import (
     resize,
     shortest_edge_size,
 )
+from zoo_common.elastic import Met
 from zoo_common.images import DamagedImageError, read_image
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ class GroupedSampler(StepSampler):
     The epoch's order is dealt to one pile a group; a pile that has reached a global batch becomes
     the next step. What the piles hold at the end of the epoch makes mixed batches, so that there
     are as many steps as without groups, and in a mixed batch items of a group stand together.
+    Where part of the epoch was met in global batches of another size, the rest is dealt anew.
 
     Args:
         groups_N: The group number of each item, from 0.
@@ -160,9 +162,25 @@ class GroupedSampler(StepSampler):
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """The items of an epoch, one global batch after the other; what is left over is not in."""
-        order_N = super().order(epoch)
+        met = [part for part in self.met if part.epoch == epoch]
+        return self._order(super().order(epoch), self.global_batch, met)
+
+    def _order(
+        self, order_N: NDArray[np.int64], size: int, met: Sequence[Met]
+    ) -> NDArray[np.int64]:
+        """The same for any size of a global batch; in the place of what was met stands that."""
+        while met and met[-1].global_batch == size:  # by other ranks, but in the same batches
+            met = met[:-1]
+        if not met:
+            return self._dealt(order_N, size)
+        last = met[-1]
+        gone = self._order(order_N, last.global_batch, met[:-1])[: last.stop * last.global_batch]
+        rest = self._dealt(order_N[~np.isin(order_N, gone)], size)
+        return np.concatenate([np.resize(gone, last.steps_of(size) * size), rest])
+
+    def _dealt(self, order_N: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+        """Items in batches of one group each."""
         group_N = self._groups_N[order_N]
-        size = self.global_batch
         # Positions in the order, pile by pile, and the place of each in its pile.
         dealt_N = np.argsort(group_N, kind="stable")
         counts = np.bincount(group_N)

@@ -4,10 +4,11 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from zoo_common.errors import UserError
+from zoo_common.images import FORMATS, DamagedImageError, read_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 """Names of files that are taken for pictures when a directory is given."""
@@ -52,10 +53,14 @@ def open_picture(path: Path) -> Image.Image:
         UserError: it cannot be read, or is damaged.
     """
     with _open(path) as picture:
-        try:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"{path} is damaged ({error}); replace it or leave it out") from error
+        size = picture.size  # the head can be read
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return read_image(str(path), upright=True)
+    except (DamagedImageError, MemoryError) as error:
+        why = str(error) or f"{size[0]} x {size[1]} pixels are too many"
+        raise UserError(f"{path} is damaged ({why:.200}); replace it or leave it out") from error
 
 
 def output_files(pictures: Sequence[Path], directory: Path, mark: str) -> list[Path]:
@@ -111,7 +116,7 @@ def _open(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             # Pictures of more than 90 megapixels are what was asked for.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(path)
+            return Image.open(path, formats=FORMATS)
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there; give a picture or a directory") from error
     except Image.DecompressionBombError as error:
@@ -122,12 +127,16 @@ def _open(path: Path) -> Image.Image:
         ) from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # a broken head raises anything
+        raise UserError(
+            f"{path} is damaged ({error!s:.200}); replace it or leave it out"
+        ) from error
 
 
 def _is_drawn(file: Path, mark: str) -> bool:
     """Whether a file is a PNG that the program with this mark drew."""
     try:
-        with Image.open(file) as picture:
+        with Image.open(file, formats=["PNG"]) as picture:
             return picture.info.get(_MARK) == mark
-    except (UnidentifiedImageError, OSError):
+    except Exception:  # no picture at all, or a broken head, which raises anything
         return False

@@ -35,6 +35,7 @@ from declip.index_build import (
 )
 from zoo_common.cache_files import Stamp, alone, cache_places, is_being_written
 from zoo_common.errors import UserError
+from zoo_common.flaky import read_text, retried
 from zoo_common.yfcc import TRAIN_IMAGES, TRAIN_JSON, VAL_IMAGES, VAL_JSON, val_images
 
 __all__ = [
@@ -62,7 +63,8 @@ class _Strings:
 
     def __init__(self, column: pa.StringArray) -> None:
         _, offsets, text = column.buffers()
-        assert column.offset == 0 and column.null_count == 0
+        if offsets is None or column.offset or column.null_count:
+            raise ValueError("no column of texts as it is written here")
         self._offsets = memoryview(offsets).cast("B").cast("i")
         self._text = memoryview(text if text is not None else b"")
 
@@ -89,21 +91,32 @@ class CaptionIndex:
     def __init__(self, file: Path, images: Path) -> None:
         self.file = file
         self.images = images
-        reader = pa.ipc.open_file(pa.memory_map(str(file)))
-        self.facts: Facts = facts_of(reader.schema)
         self._root = f"{images}/"
         self._starts: list[int] = []
         self._filenames: list[_Strings] = []
         self._captions: list[_Strings] = []
+        try:
+            rows = self._map()
+        except (pa.ArrowException, MemoryError) as error:
+            raise ValueError(f"{file} is damaged ({error})") from error
+        if rows != self.facts.rows:
+            raise ValueError("rows are missing")
+
+    def _map(self) -> int:
+        """Maps the file's rows; how many there are."""
+        reader = pa.ipc.open_file(pa.memory_map(str(self.file)))
+        if reader.schema.types != [pa.string(), pa.string()]:
+            raise ValueError("other columns than an index has")
+        self.facts: Facts = facts_of(reader.schema)
         rows = 0
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
+            batch.validate()  # in time that does not grow with the rows
             self._starts.append(rows)
             self._filenames.append(_Strings(batch.column(0)))
             self._captions.append(_Strings(batch.column(1)))
             rows += batch.num_rows
-        if rows != self.facts.rows:
-            raise ValueError("rows are missing")
+        return rows
 
     def __len__(self) -> int:
         return self.facts.rows
@@ -274,11 +287,18 @@ def _check_pictures(index: CaptionIndex, source: Path) -> None:
     """Looks for a few pictures, spread over the list: one of them at least must be there."""
     looked_for = min(_LOOKED_FOR, len(index))
     paths = [Path(index.path(len(index) * n // looked_for)) for n in range(looked_for)]
-    if not any(path.is_file() for path in paths):
+    if not any(map(_is_file, paths)):
         raise UserError(
             f"None of {looked_for} pictures of {source} that were looked for is there, the first "
             f"is {paths[0]}; put the pictures below {index.images} under the names of the list."
         )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for one
+        return False
 
 
 class ValIndex:
@@ -330,7 +350,7 @@ def open_val_index(directory: Path) -> ValIndex:
     """
     source = directory / VAL_JSON
     try:
-        lines = source.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_text(source, "utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise UserError(f"{source} cannot be read ({reason}); give a list that can.") from error
@@ -391,12 +411,12 @@ def _check_val(source: Path, names: list[str], names_of: dict[int, str]) -> None
 
 def _check_val_pictures(images: Path, source: Path, names: list[str]) -> None:
     try:
-        present = {entry.name for entry in images.iterdir()}
+        present = retried(lambda: {entry.name for entry in images.iterdir()}, images)
     except OSError as error:
         raise UserError(
             f"{images} cannot be read ({error.strerror}); put the validation pictures there."
         ) from error
-    missing = [name for name in names if name not in present and not (images / name).is_file()]
+    missing = [name for name in names if name not in present and not _is_file(images / name)]
     if missing:
         raise UserError(
             f"{len(missing)} of the {len(names)} pictures of {source} are missing, the first is "

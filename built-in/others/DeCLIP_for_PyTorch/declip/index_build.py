@@ -21,14 +21,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
 from rich.progress import Progress
 
+from zoo_common.beats import beat
 from zoo_common.cache_files import ENDING, Stamp, temporary_name
 from zoo_common.errors import UserError
+from zoo_common.flaky import retried
 from zoo_common.yfcc import TRAIN_IMAGES
 
 VERSION = "1"
@@ -183,13 +186,15 @@ def build(source: Path, place: Path, stamp: Stamp, *, mark: str, resumable: bool
     try:
         parts.mkdir(exist_ok=True)
         with _readable(source):
-            stream = source.open("rb", buffering=1 << 20)
+            stream = retried(lambda: source.open("rb", buffering=1 << 20), source)
         with stream, _showing(source) as show:
-            done = _resume(parts, stamp, stream)
+            done = _resume(parts, stamp)
             show(done[-1].end if done else 0, stamp.size)
             while not done or done[-1].end < stamp.size:
+                beat(f"indexing {source.name}")
+                before = done[-1] if done else None
                 with _readable(source):
-                    part = _read_part(stream, done[-1] if done else None, stamp, mark)
+                    part = retried(partial(_read_part, stream, before, stamp, mark), source)
                 if part.facts.end == part.facts.begin:
                     break  # the list has become shorter, or is empty
                 _write_part(_part_file(parts, len(done)), part)
@@ -215,9 +220,12 @@ def facts_of(schema: pa.Schema) -> Facts:
     """
     text = (schema.metadata or {}).get(FACTS_KEY)
     values = json.loads(text) if text else {}
-    if values.get("version") != VERSION:
+    if not isinstance(values, dict) or values.get("version") != VERSION:
         raise ValueError("no index of this version")
-    return Facts(**values | {"stamp": tuple(values["stamp"])})
+    try:
+        return Facts(**values | {"stamp": tuple(values["stamp"])})
+    except (TypeError, KeyError) as error:
+        raise ValueError("not the facts of an index") from error
 
 
 def left_out_file(place: Path) -> Path:
@@ -228,6 +236,7 @@ def left_out_file(place: Path) -> Path:
 def _read_part(stream: BinaryIO, before: Facts | None, stamp: Stamp, mark: str) -> _Part:
     """Reads lines from where the part before ended."""
     begin, line_number = (before.end, before.lines) if before else (0, 0)
+    stream.seek(begin)
     end = begin
     filenames: list[str] = []
     captions: list[str] = []
@@ -312,8 +321,8 @@ def _write_part(file: Path, part: _Part) -> None:
         writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
 
 
-def _resume(parts: Path, stamp: Stamp, stream: BinaryIO) -> list[Facts]:
-    """The parts that a killed build left; the list is then read from behind the last one."""
+def _resume(parts: Path, stamp: Stamp) -> list[Facts]:
+    """The parts that a killed build left."""
     done: list[Facts] = []
     kept: set[Path] = set()
     while (file := _part_file(parts, len(done))).exists():
@@ -328,7 +337,6 @@ def _resume(parts: Path, stamp: Stamp, stream: BinaryIO) -> list[Facts]:
         kept |= {file, _named_file(file)}
     for left in set(parts.iterdir()) - kept:
         left.unlink()
-    stream.seek(done[-1].end if done else 0)
     return done
 
 
@@ -414,7 +422,7 @@ def read_stamp(source: Path) -> Stamp:
         UserError: it cannot be read, or is empty.
     """
     with _readable(source):
-        stamp = Stamp.of(source.stat())
+        stamp = Stamp.of(retried(source.stat, source))
     if not stamp.size:
         raise UserError(f"{source} is empty; give a list of captions.")
     return stamp

@@ -43,6 +43,7 @@ from declip.index import open_index
 from declip.shard_index import Indexed, Shard
 from zoo_common import layouts, shard_names
 from zoo_common.errors import TrainingError, UserError
+from zoo_common.flaky import read_bytes
 from zoo_common.images import DamagedImageError, decode_image
 from zoo_common.runs import CALLER_VARIABLE
 from zoo_common.yfcc import Parts
@@ -331,8 +332,7 @@ def _picture(path: str, decode: bool) -> tuple[str, bytes]:
         DamagedImageError: it cannot be read or is no picture.
     """
     try:
-        with open(path, "rb") as stream:  # noqa: PTH123 - Path() costs as much as the read
-            data = stream.read(shard_index.MAX_PICTURE_BYTES + 1)
+        data = read_bytes(path, shard_index.MAX_PICTURE_BYTES + 1)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise
@@ -414,9 +414,14 @@ def _load_record(out: Path, work: Path, name: str) -> _Done | None:
     record, path = work / f"{name}.npz", out / name
     if not record.is_file() or not path.is_file():
         return None
-    with np.load(record, allow_pickle=False) as arrays:
-        facts = json.loads(arrays["facts"].tobytes())
-        indexed = Indexed([Shard(**facts["shard"])], arrays["rows"])
+    try:
+        with np.load(record, allow_pickle=False) as arrays:
+            facts = json.loads(arrays["facts"].tobytes())
+            indexed = Indexed([Shard(**facts["shard"])], arrays["rows"])
+    except OSError:
+        raise
+    except Exception:  # numpy follows a damaged file until anything fails
+        return None
     if path.stat().st_size != indexed.shards[0].bytes:
         return None
     return _Done(indexed, [_LeftOut(*row) for row in facts["left_out"]])

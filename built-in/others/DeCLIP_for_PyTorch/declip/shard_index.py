@@ -33,8 +33,10 @@ from numpy.typing import NDArray
 from webdataset.tariterators import base_plus_ext
 
 from zoo_common import sample, shard_names
+from zoo_common.beats import beat
 from zoo_common.cache_files import alone
 from zoo_common.errors import UserError
+from zoo_common.flaky import retried
 
 _log = logging.getLogger(__name__)
 
@@ -100,33 +102,38 @@ def scan(path: Path) -> Indexed:
     Raises:
         UserError: the file cannot be read, or is no plain tar file.
     """
+    try:
+        return retried(lambda: _scan(path), path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): check it.") from None
+
+
+def _scan(path: Path) -> Indexed:
     rows: list[tuple[int, ...]] = []
     passed_over = 0
     key, found = "", dict[str, tuple[int, int]]()  # of the sample that is being collected
     damage = ""
-    try:
-        with path.open("rb", buffering=0) as raw:
-            size = os.fstat(raw.fileno()).st_size
-            members = _members(raw, size)
-            while True:
-                try:
-                    member = next(members, None)
-                except tarfile.ReadError as error:
-                    damage, member = str(error) or "it is cut off", None
-                next_key, kind = _kind(member) if member else ("", "")
-                if member is None or next_key != key:
-                    row = _row(found)
-                    rows += [row] if row else []
-                    passed_over += len(found) if not row else 0
-                    key, found = next_key, {}
-                if member is None:
-                    break
-                if kind and kind not in found:
-                    found[kind] = member.offset_data // BLOCK, member.size
-                else:
-                    passed_over += not member.isdir()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}): check it.") from None
+    with path.open("rb", buffering=0) as raw:
+        size = os.fstat(raw.fileno()).st_size
+        members = _members(raw, size)
+        while True:
+            try:
+                member = next(members, None)
+            except (tarfile.TarError, ArithmeticError, LookupError, ValueError) as error:
+                # A size beyond all files raises what seeking there does.
+                damage, member = str(error) or "it is cut off", None
+            next_key, kind = _kind(member) if member else ("", "")
+            if member is None or next_key != key:
+                row = _row(found)
+                rows += [row] if row else []
+                passed_over += len(found) if not row else 0
+                key, found = next_key, {}
+            if member is None:
+                break
+            if kind and kind not in found:
+                found[kind] = member.offset_data // BLOCK, member.size
+            else:
+                passed_over += not member.isdir()
     if damage and not rows:
         raise UserError(f"{path} is no plain tar file ({damage}): restore it, or unpack a .gz.")
     shard = Shard(path.name, len(rows), size, passed_over=passed_over, damage=damage)
@@ -249,18 +256,34 @@ def load_index(directory: Path) -> Indexed:
                 f"{directory / shard_names.INDEX_NAME} is of another version of the converter: "
                 "remove it to have the shards counted."
             )
-        shards = [Shard(**entry) for entry in content["shards"]]
+        shards = [_shard(entry) for entry in content["shards"]]
         rows_N = map_rows(path)
         if rows_N.dtype != ROW or rows_N.shape != (sum(shard.samples for shard in shards),):
             raise ValueError
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError):
+    except Exception:  # numpy follows a damaged header until anything fails
         raise UserError(
             f"The index of {directory} is damaged: restore {path.name} and "
             f"{shard_names.INDEX_NAME}, or remove both to have the shards counted."
         ) from None
     return Indexed(shards, rows_N)
+
+
+def _shard(entry: dict[str, Any]) -> Shard:
+    """An entry of ``shards.json``.
+
+    Raises:
+        TypeError: it is none.
+    """
+    shard = Shard(**entry)
+    counts = (shard.samples, shard.bytes, shard.passed_over)
+    texts = (shard.name, shard.sha256, shard.damage)
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise TypeError
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError
+    return shard
 
 
 def map_rows(path: Path) -> Rows:
@@ -334,6 +357,7 @@ def _scan_all(paths: Sequence[Path]) -> Indexed:
     rows: list[Rows] = []
     with ThreadPoolExecutor(_SCANNERS) as pool:
         for indexed in pool.map(scan, paths):
+            beat("counting the samples of shards")
             shards += indexed.shards
             rows.append(indexed.rows_N)
     return Indexed(shards, np.concatenate(rows))

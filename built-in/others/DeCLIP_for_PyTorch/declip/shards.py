@@ -18,8 +18,8 @@ The order of an epoch is a function of (seed, epoch), the batch size and the num
 
 So the batches of a step are known beforehand. A run that resumes goes on with exactly the batches
 that would have come, on any number of workers, and reads at most the runs of one buffer twice.
-With another number of ranks or another batch size it goes on at its step in another order: what
-was seen of the epoch under way may come again or be missed; each later epoch is whole.
+With another number of ranks or another batch size it goes on with the samples that the epoch has
+left, in the order of the shards, cut and laid as above: none comes again in that epoch.
 
 Shape letters: N samples, S shards, R runs of samples, B samples of a batch.
 """
@@ -28,6 +28,8 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import copy
+import itertools
 import json
 import logging
 import os
@@ -40,10 +42,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from declip.index import RowError, clean_caption
-from declip.shard_index import BLOCK, Shard, find_index, load_index
+from declip.shard_index import BLOCK, MAX_PICTURE_BYTES, Shard, find_index, load_index
 from zoo_common import shard_names
 from zoo_common.data import Draw, StepSampler
+from zoo_common.elastic import Met
 from zoo_common.errors import UserError
+from zoo_common.flaky import retried
 from zoo_common.images import DamagedImageError, decode_image
 
 _log = logging.getLogger(__name__)
@@ -155,14 +159,23 @@ class ShardImages:
 
     def _member(self, shard: int, block: int, size: int) -> bytes:
         """A member's bytes; its header is read with it, and must agree with the index."""
+        if size > MAX_PICTURE_BYTES:
+            raise DamagedImageError(f"its index says that it has {size} bytes")
         data = self._read(shard, block - 1, BLOCK + size)
         if _size_in(data) != size:
             raise DamagedImageError("its shard is not the one that was indexed")
         return data[BLOCK:]
 
     def _read(self, shard: int, block: int, size: int) -> bytes:
+        def read() -> bytes:
+            try:
+                return os.pread(self._descriptor(shard), size, block * BLOCK)
+            except OSError:
+                self._forget(shard)  # a handle that has gone stale stays so
+                raise
+
         try:
-            data = os.pread(self._descriptor(shard), size, block * BLOCK)
+            data = retried(read, self._paths[shard])
         except OSError as error:
             raise DamagedImageError(f"its shard cannot be read: {error.strerror}") from None
         if len(data) < size:
@@ -176,7 +189,7 @@ class ShardImages:
                 os.close(self._open.pop(next(iter(self._open))))
             path = self._paths[shard]
             try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = retried(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC), path)
             except OSError as error:
                 raise UserError(
                     f"The shard {path} cannot be opened any more ({error.strerror}): restore it "
@@ -184,6 +197,12 @@ class ShardImages:
                 ) from None
             self._open[shard] = descriptor
         return descriptor
+
+    def _forget(self, shard: int) -> None:
+        descriptor = self._open.pop(shard, None)
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
     def _ask_for(self, shard: int, run: int) -> None:
         """Has the system read a run ahead, once: the samples that it holds are needed soon."""
@@ -283,9 +302,18 @@ def _check_damage(pattern: str, shards: list[Shard], max_damaged: float) -> None
 class _Part(NamedTuple):
     """A rank's part of an epoch: runs of neighbouring samples in the order of reading."""
 
-    firsts_R: Integers  # of each run, its first sample
+    firsts_R: Integers  # of each run, its first sample, or the first's place in left_N
     lengths_R: Integers
     ends_R: Integers  # of each run, the position after its last sample
+    left_N: Integers | None = None  # what other ranks left of the epoch, in the order of shards
+
+
+class _Rest(NamedTuple):
+    """What other ranks left of an epoch."""
+
+    epoch: int
+    begin: int  # how many steps of this size the epoch has behind it
+    left_N: Integers  # samples, in the order of the epoch's shards
 
 
 class ShardSampler(StepSampler):
@@ -324,8 +352,13 @@ class ShardSampler(StepSampler):
             total_steps=total_steps,
         )
         self._starts_S = starts_S
-        # Whole batches, so that none is drawn from two buffers.
-        self._buffer_samples = max(1, buffer_samples // batch_size) * batch_size
+        self._among = buffer_samples
+        self._rest: tuple[tuple[Met, ...], _Rest] | None = None
+
+    @property
+    def _buffer_samples(self) -> int:
+        """Whole batches, so that none is drawn from two buffers."""
+        return max(1, self._among // self.batch_size) * self.batch_size
 
     def __iter__(self) -> Iterator[list[Draw]]:
         step = self.start_step
@@ -339,8 +372,9 @@ class ShardSampler(StepSampler):
 
     def _batches(self, epoch: int, position: int) -> Iterator[list[int]]:
         """The batches of an epoch from a step of it on."""
-        part = self._part(epoch)
-        skipped = position * self.batch_size
+        rest = self._rest_of(epoch)
+        part = self._part(epoch) if rest is None else self._part_of(rest)
+        skipped = (position - (rest.begin if rest else 0)) * self.batch_size
         for number in range(-(-int(part.ends_R[-1]) // self._buffer_samples)):
             begin = number * self._buffer_samples
             if skipped >= begin + self._buffer_samples:
@@ -362,11 +396,58 @@ class ShardSampler(StepSampler):
             inner = np.arange(begin // RUN_SAMPLES + 1, -(-end // RUN_SAMPLES)) * RUN_SAMPLES
             shard_edges = np.concatenate([[begin], inner, [end]])
             edges.append(self._starts_S[order_S[place]] + shard_edges)
-        firsts_R = np.concatenate([shard_edges[:-1] for shard_edges in edges])
-        lengths_R = np.concatenate([np.diff(shard_edges) for shard_edges in edges])
+        return self._laid(epoch, edges)
+
+    def _part_of(self, rest: _Rest) -> _Part:
+        """The same of what other ranks left."""
+        size = (self.steps_per_epoch - rest.begin) * self.batch_size
+        low, high = self._rank * size, (self._rank + 1) * size
+        edges = np.append(np.arange(low, high, RUN_SAMPLES), high)
+        return self._laid(rest.epoch, [edges])._replace(left_N=rest.left_N)
+
+    def _laid(self, epoch: int, edges: list[Integers]) -> _Part:
+        """Runs between edges, shuffled."""
+        firsts_R = np.concatenate([some[:-1] for some in edges])
+        lengths_R = np.concatenate([np.diff(some) for some in edges])
         order_R = self._shuffled(len(firsts_R), epoch, _RUNS, self._rank)
         firsts_R, lengths_R = firsts_R[order_R], lengths_R[order_R]
         return _Part(firsts_R, lengths_R, np.cumsum(lengths_R))
+
+    def _rest_of(self, epoch: int) -> _Rest | None:
+        """What other ranks left of an epoch; None for one that they had no part in."""
+        met = tuple(part for part in self.met if part.epoch == epoch)
+        if not met:
+            return None
+        if self._rest is None or self._rest[0] != met:
+            begin = met[-1].steps_of(self.global_batch)
+            self._rest = met, _Rest(epoch, begin, self._left_by(met))
+        return self._rest[1]
+
+    def _left_by(self, met: tuple[Met, ...]) -> Integers:
+        """The samples that an epoch still has, in the order of its shards."""
+        last, before = met[-1], self._like(met[-1], met[:-1])
+        rest = before._rest_of(last.epoch)
+        if rest is None:
+            order_S = self._shuffled(len(self._starts_S) - 1, last.epoch, _SHARDS, 0)
+            ranges = [np.arange(*self._starts_S[shard : shard + 2]) for shard in order_S]
+            left_N, begin = np.concatenate(ranges), 0
+        else:
+            left_N, begin = rest.left_N, rest.begin
+        is_left = np.ones(int(self._starts_S[-1]), bool)
+        for rank in range(last.world_size):
+            before._rank = rank
+            batches = before._batches(last.epoch, begin)
+            for samples_B in itertools.islice(batches, last.stop - begin):
+                is_left[samples_B] = False
+        return left_N[is_left[left_N]]
+
+    def _like(self, met: Met, before: tuple[Met, ...]) -> ShardSampler:
+        """The sampler of one of the ranks that took part in ``met``."""
+        other = copy.copy(self)
+        other.batch_size, other.global_batch = met.batch_size, met.global_batch
+        other.steps_per_epoch = self._size // met.global_batch
+        other.met, other._rest = before, None
+        return other
 
     def _buffer(self, part: _Part, epoch: int, number: int) -> Integers:
         """The samples of one buffer, shuffled."""
@@ -379,6 +460,8 @@ class ShardSampler(StepSampler):
         ]
         skipped = begin - int(part.ends_R[first] - part.lengths_R[first])
         samples = np.concatenate(runs)[skipped : skipped + end - begin]
+        if part.left_N is not None:
+            samples = part.left_N[samples]
         # A rank's buffers are numbered apart from those of the others.
         mark = self._rank << 32 | number
         return samples[self._shuffled(len(samples), epoch, _BUFFER, mark)]

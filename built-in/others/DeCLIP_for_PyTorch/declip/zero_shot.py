@@ -49,7 +49,7 @@ def read_prompts(name: str) -> list[str]:
     prompts = [line.strip().replace("{0}", _PLACE) for line in lines if line.strip()]
     wrong = next((prompt for prompt in prompts if prompt.count(_PLACE) != 1), None)
     if not prompts or wrong is not None:
-        what = "is empty" if wrong is None else f"has the line '{wrong}'"
+        what = "is empty" if wrong is None else f"has the line '{wrong:.100}'"
         raise UserError(f"{file} {what}: give sentences with {{}} once, where the class goes.")
     return prompts
 

@@ -1,5 +1,6 @@
 """Training from shards: the order of an epoch, what is read of a tar file, and damage."""
 
+import errno
 import io
 import json
 import os
@@ -21,7 +22,9 @@ from declip.shards import BUFFER_SAMPLES, ShardImages, ShardSampler, open_shards
 from declip.texts import Texts
 from declip.tokenizer import Tokenizer
 from declip.views import TwoViews
+from zoo_common import flaky
 from zoo_common.data import BatchStream, Draw
+from zoo_common.elastic import Met
 from zoo_common.errors import UserError
 from zoo_common.images import DamagedImageError
 from zoo_common.sample.merges import write_merges
@@ -83,6 +86,35 @@ def test_every_step_can_be_resumed_at() -> None:
         assert list(sampler) == whole[step:]
     sampler.start_step = 200
     assert list(sampler) == []
+
+
+@pytest.mark.parametrize("worlds", [(4, 3, 4), (4, 3, 2, 3), (2, 1), (1, 5, 2)])
+def test_an_epoch_has_no_sample_twice_over_changing_worlds(worlds: tuple[int, ...]) -> None:
+    seen: list[int] = []
+    met: tuple[Met, ...] = ()
+    step = 0
+    for number, world_size in enumerate(worlds):
+        steps_per_epoch = 969 // (4 * world_size)
+        end = step + 9 if number < len(worlds) - 1 else steps_per_epoch
+        for rank in range(world_size):
+            place = {"rank": rank, "world_size": world_size}
+            sampler = ShardSampler(STARTS_S, 4, seed=5, buffer_samples=30, **place)
+            sampler.start_step, sampler.total_steps, sampler.met = step, end, met
+            batches = list(sampler)
+            assert len(batches) == end - step
+            sampler.start_step = step + 2  # as when it resumes once more
+            assert list(sampler) == batches[2:]
+            seen += [draw.index for batch in batches for draw in batch]
+            sampler.start_step, sampler.total_steps = steps_per_epoch, steps_per_epoch + 3
+            later = list(sampler)
+            sampler.met = ()
+            assert list(sampler) == later  # the next epoch is as ever
+        met = (*met, Met(0, end, world_size, 4))
+        if number < len(worlds) - 1:
+            step = met[-1].steps_of(4 * worlds[number + 1])
+    assert len(set(seen)) == len(seen)
+    assert set(seen) <= set(range(969))
+    assert len(seen) > 969 - sum(4 * world_size for world_size in worlds)
 
 
 def test_a_batch_mixes_shards_and_a_rank_reads_its_own() -> None:
@@ -416,3 +448,47 @@ def test_a_shard_that_changes_during_a_run_gives_no_wrong_picture(tmp_path: Path
     (tmp_path / "1.tar").unlink()
     with pytest.raises(UserError, match=r"1\.tar cannot be opened any more .*--resume"):
         images.image(15)
+
+
+def test_a_read_that_fails_for_a_moment_is_tried_again_with_a_new_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handle of NFS that has gone stale stays so: only a new one reads."""
+    monkeypatch.setattr(flaky, "WAITS_S", (0, 0))
+    write_ten(tmp_path, 1)
+    images = open_shards(str(tmp_path / "0.tar"))
+    whole = captions(images)
+    true_open, true_pread = os.open, os.pread
+    opened: list[Path] = []
+
+    def open_again(path: Path, flags: int) -> int:
+        opened.append(path)
+        return true_open(path, flags)
+
+    def pread(descriptor: int, size: int, place: int) -> bytes:
+        if not opened:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return true_pread(descriptor, size, place)
+
+    monkeypatch.setattr(os, "open", open_again)
+    monkeypatch.setattr(os, "pread", pread)
+    assert captions(images) == whole
+    assert len(opened) == 1
+
+
+def test_a_shard_that_stays_unreadable_is_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flaky, "WAITS_S", (0, 0))
+    write_ten(tmp_path, 1)
+    images = open_shards(str(tmp_path / "0.tar"))
+    tries: list[int] = []
+
+    def pread(descriptor: int, size: int, place: int) -> bytes:
+        tries.append(descriptor)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", pread)
+    with pytest.raises(DamagedImageError, match="its shard cannot be read: Input/output error"):
+        images.image(0)
+    assert len(tries) == 3

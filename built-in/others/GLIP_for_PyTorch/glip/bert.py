@@ -59,15 +59,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"model.bert: {path} cannot be read ({error}): put bert-base-uncased's there."
         ) from error
     kind = settings.get("model_type") if isinstance(settings, dict) else None
     if kind != "bert" or not isinstance(settings.get("vocab_size"), int):
         raise UserError(
-            f"model.bert: {path} is that of {kind or 'no model'}, with vocab_size "
-            f"{settings.get('vocab_size') if kind else None}: put bert-base-uncased's there."
+            f"model.bert: {path} is that of {kind or 'no model'!s:.40}, with vocab_size "
+            f"{settings.get('vocab_size') if kind else None!s:.40}: put bert-base-uncased's there."
         )
     assert isinstance(settings, dict)
     return settings

@@ -106,7 +106,7 @@ def parse(data: bytes, path: Path) -> Built:
     built = coco_json.parse(data, path)
     try:
         file = _DECODER.decode(data.removeprefix(codecs.BOM_UTF8))
-    except msgspec.DecodeError as error:
+    except coco_json.UNREADABLE as error:
         raise UserError(
             f"{path} is no grounding JSON ({error}); give one with a caption for each image and "
             "tokens_positive, [first character, character after the last], for each annotation."
