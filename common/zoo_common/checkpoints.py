@@ -61,6 +61,43 @@ def newest_good(
     return found
 
 
+def choose(settings: Any, say: Callable[[str], None]) -> str:
+    """The checkpoint that a run goes on from; the newest whole one where no file is named.
+
+    Ranks that the launcher starts again, and those of ``--auto_resume``, take one of this very run
+    or, if it has none yet, what ``--resume`` names.
+
+    Args:
+        settings: a config's section ``run``.
+        say: is told about each damaged one that is passed over.
+
+    Returns:
+        A path, or an empty text for a run that starts anew.
+
+    Raises:
+        UserError: ``--resume`` names no file, and there is no whole checkpoint.
+    """
+    directory = Path(settings.output_dir or "test/output/0") / "checkpoints"
+    again = int(os.environ.get(ROUND_VARIABLE, "1")) > 1
+    if settings.id and (settings.auto_resume or again):
+        own = newest_good(directory, settings.id, say)
+        if own is not None:
+            return str(own)
+    if settings.resume != "last":
+        return str(settings.resume)
+    damaged: list[str] = []
+    newest = newest_good(directory, None, damaged.append)
+    if newest is None:
+        found = f" ({'; '.join(damaged)})" if damaged else ""
+        raise UserError(
+            f"--resume: there is no whole checkpoint in {directory}{found}: start without it, or "
+            "name a file."
+        )
+    for text in damaged:
+        say(text)
+    return str(newest)
+
+
 def _is_same(one: Path, other: Path) -> bool:
     return one.exists() and one.samefile(other)
 
@@ -102,43 +139,6 @@ class _Write:
     notes: list[str] = field(default_factory=list)
     done: threading.Event = field(default_factory=threading.Event)
     is_late: bool = False
-
-
-def choose(settings: Any, say: Callable[[str], None]) -> str:
-    """The checkpoint that a run goes on from; the newest whole one where no file is named.
-
-    Ranks that the launcher starts again, and those of ``--auto_resume``, take one of this very run
-    or, if it has none yet, what ``--resume`` names.
-
-    Args:
-        settings: a config's section ``run``.
-        say: is told about each damaged one that is passed over.
-
-    Returns:
-        A path, or an empty text for a run that starts anew.
-
-    Raises:
-        UserError: ``--resume`` names no file, and there is no whole checkpoint.
-    """
-    directory = Path(settings.output_dir or "test/output/0") / "checkpoints"
-    again = int(os.environ.get(ROUND_VARIABLE, "1")) > 1
-    if settings.id and (settings.auto_resume or again):
-        own = newest_good(directory, settings.id, say)
-        if own is not None:
-            return str(own)
-    if settings.resume != "last":
-        return str(settings.resume)
-    damaged: list[str] = []
-    newest = newest_good(directory, None, damaged.append)
-    if newest is None:
-        found = f" ({'; '.join(damaged)})" if damaged else ""
-        raise UserError(
-            f"--resume: there is no whole checkpoint in {directory}{found}: start without it, or "
-            "name a file."
-        )
-    for text in damaged:
-        say(text)
-    return str(newest)
 
 
 class Checkpoints:

@@ -15,6 +15,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import types
 from multiprocessing.sharedctypes import RawValue
 
@@ -23,6 +24,7 @@ from zoo_common.errors import UserError
 
 _PR_SET_PDEATHSIG = 1
 _KILLED = re.compile(r"DataLoader worker \(pid (\d+)\) is killed by signal: ([^.]*)\.")
+_SILENCE_LOOKS = 50  # of 20 ms each
 _GONE = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) exited unexpectedly")
 
 
@@ -127,8 +129,27 @@ def explain(error: BaseException) -> str | None:
                 return _describe(killed[1], killed[2])
             if gone := _GONE.search(str(seen)):
                 words = _describe(gone[1], "")
+        if isinstance(seen, (ConnectionError, EOFError, FileNotFoundError)):
+            words = words or _explain_silence()
         seen = seen.__cause__ or seen.__context__
     return words
+
+
+def _explain_silence() -> str | None:
+    """The same for a worker that died while it handed over a batch: its socket is gone before it.
+
+    Nothing else that a training process starts is killed by a signal.
+    """
+    for _ in range(_SILENCE_LOOKS):
+        try:
+            status = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return None
+        if status is not None and status.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
+            kind = signal.strsignal(status.si_status)
+            return _describe(str(status.si_pid), kind or str(status.si_status))
+        time.sleep(0.02)
+    return None
 
 
 def _describe(pid: str, kind: str) -> str:

@@ -52,8 +52,12 @@ def main() -> None:
         keep_to_own_cores(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     entry, *argv = sys.argv[1:]
     try:
-        _answer_launcher()
-        importlib.import_module(entry).main(argv)
+        try:
+            _answer_launcher()
+            importlib.import_module(entry).main(argv)
+        finally:
+            # Or torch raises its error about a dead data worker while another one is reported.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     except UserError as error:
         _report(2, str(error), "", final=True)
     except LostPeerError as error:
@@ -61,6 +65,8 @@ def main() -> None:
     except TrainingError as error:
         _report(1, str(error), "", final=True)
     except OSError as error:
+        if dead := data_workers.explain(error):
+            _report(1, dead, "")
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         words = f"{error.strerror} ({error.filename or 'output directory'})"
         advice = f"{words}: free some room and continue with --resume."
