@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -128,3 +129,14 @@ def test_a_worker_that_dies_during_a_collective_is_no_lost_peer(
     with pytest.raises(kind) as caught:
         distributed.sum_across(torch.zeros(1))
     assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError()])
+def test_a_worker_that_died_while_it_handed_over_is_found(error: Exception) -> None:
+    assert data_workers.explain(error) is None, "no process has died"
+    child = subprocess.Popen(["sleep", "60"])
+    child.kill()
+    sentence = data_workers.explain(error)
+    child.wait()
+    assert sentence is not None
+    assert f"A data worker (process {child.pid}) was killed by SIGKILL" in sentence

@@ -190,6 +190,14 @@ def test_a_killed_data_worker_is_one_sentence_and_loses_nothing(
 
 @pytest.mark.thorough
 @pytest.mark.timeout(1800)
+def test_a_data_worker_killed_at_any_moment_is_told(scratch: Path) -> None:
+    """Also while it hands over a batch, when torch's own error is about a lost connection."""
+    victims = [f"worker of {rank}" for rank in either_rank(range(2 * SEEDS))]
+    check_model("twins", 20 + 7 * len(victims), victims, scratch)
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("model", MODELS)
 def test_every_models_smoke_recipe_loses_nothing(model: str, scratch: Path) -> None:
     victims = ["launcher", "worker of rank 1", "worker of rank 0", *either_rank(range(SEEDS))]
