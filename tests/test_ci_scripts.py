@@ -91,6 +91,7 @@ def fault_tests(copy: Path, stub_venv: Path, monkeypatch: pytest.MonkeyPatch) ->
         file.unlink()
     (copy / "tests" / "faults" / "test_only.py").write_text(OF_FAULTS)
     done = copy / "done"
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # of these tests themselves
     monkeypatch.setenv("DONE", str(done))
     return done
 

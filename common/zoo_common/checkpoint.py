@@ -312,12 +312,12 @@ _BLOCK_BYTES = 1 << 20
 def _is_weight(item: tuple[Any, Any]) -> bool:
     """Whether a name and what it stands for can be of a state_dict.
 
-    Some runners have plain values among the tensors; a tensor must have its numbers with it.
+    Some runners have plain values among the tensors.
     """
     name, value = item
     if isinstance(value, Tensor):
         plain = value.layout == torch.strided and not value.is_quantized
-        return isinstance(name, str) and plain and value.device.type == "cpu"
+        return isinstance(name, str) and plain
     return isinstance(name, str) and not isinstance(value, _Unread)
 
 
@@ -372,7 +372,7 @@ def select(
     for key, value in own.items():
         if key not in weights:
             fit.missing.append(key)
-        elif getattr(weights[key], "shape", None) != value.shape:
+        elif getattr(weights[key], "shape", None) != value.shape or weights[key].is_meta:
             fit.other_shape.append(key)
         else:
             fit.loaded.append(key)

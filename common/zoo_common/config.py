@@ -490,9 +490,9 @@ def _entries(files: Iterable[Path], assignments: Iterable[Assignment]) -> dict[s
     for file in files:
         for layer, tree in _layers(file):
             for name, value in flatten(tree):
-                put(name, _Entry(value, f"{name} in {layer}"))
+                put(name, _Entry(value, f"{name:.200} in {layer}"))
     for assignment in assignments:
-        put(assignment.path, _Entry(assignment.text, assignment.written, is_text=True))
+        put(assignment.path, _Entry(assignment.text, f"{assignment.written:.200}", is_text=True))
     return entries
 
 
@@ -512,10 +512,10 @@ def _read(
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{entry.origin:.200}: {error}") from error
+        raise UserError(f"{entry.origin}: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise UserError(
-            f"{entry.origin:.200}: {entry.value!r:.60} is not of the form that this setting has; "
+            f"{entry.origin}: {entry.value!r:.60} is not of the form that this setting has; "
             "write it as the original's configs do."
         ) from error
 
@@ -614,7 +614,7 @@ def _from_text(field: Field, text: str, written: str) -> Any:
     if _plain(field.type) is bool:
         truth = is_true(text)
         if truth is None:
-            raise UserError(f"{written}: {text!r} is neither true nor false.")
+            raise UserError(f"{written}: {text!r:.200} is neither true nor false.")
         return truth
     if _plain(field.type) is str:
         return text
@@ -644,7 +644,7 @@ def _set(merged: Any, field: Field, value: Any, origin: str) -> None:
         plain = _plain(field.type)
         wanted = str(plain) if typing.get_origin(plain) else plain.__name__
         raise UserError(
-            f"{origin}: {field.path} must be of type {wanted}, but got {value!r}."
+            f"{origin}: {field.path} must be of type {wanted}, but got {value!r:.200}."
         ) from error
 
 
@@ -655,12 +655,14 @@ def _check_bounds(field: Field, value: Any, origin: str) -> None:
         guess = nearest(str(value), meta["choices"])
         hint = f" (did you mean {guess}?)" if guess else ""
         allowed = ", ".join(meta["choices"])
-        raise UserError(f"{name} must be one of {allowed}, but is {value!r}{hint}.")
+        raise UserError(f"{name} must be one of {allowed}, but is {value!r:.200}{hint}.")
     if isinstance(value, Sequence) and not isinstance(value, str):
         for item in value:
             _check_bounds(field, item, origin)
     if not isinstance(value, int | float) or isinstance(value, bool):
         return
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise UserError(f"{name} must be a number that fits into 64 bits.")
     if value != value or value in (float("inf"), float("-inf")):
         raise UserError(f"{name} must be a finite number, but is {value}.")
     if meta.get("at_least") is not None and value < meta["at_least"]:

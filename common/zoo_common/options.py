@@ -110,7 +110,9 @@ def _value_of(option: Option, given: str | None, rest: list[str], follows: bool)
     """
     if option.kind == "flag":
         if given is not None:
-            raise UserError(f"{option.name} takes no value, but was given {given!r}: leave it out.")
+            raise UserError(
+                f"{option.name} takes no value, but was given {given!r:.200}: leave it out."
+            )
         return ""
     if given is not None:
         return given

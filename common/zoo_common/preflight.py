@@ -291,7 +291,7 @@ def check_checkpoint_file(file: Path, setting: str) -> None:
         return
     if head[:1] == b"\x80":
         return  # the format of torch before 1.6: only the restricted loader can judge it
-    if head[:2] != b"PK" or not zipfile.is_zipfile(file):
+    if head[:2] != b"PK" or not _is_zip(file):
         what = "is truncated" if head[:2] == b"PK" else "is no PyTorch checkpoint"
         raise UserError(f"{setting}: {file} {what}; give a whole .pth file.")
 
@@ -306,6 +306,13 @@ def check_checkpoint_there(directory: Path) -> None:
         raise UserError(
             f"--resume: there is no checkpoint in {directory}: start without it, or name a file."
         )
+
+
+def _is_zip(file: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:  # of several disks
+        return False
 
 
 def place(spec: RunSpec, config: Any) -> Place:

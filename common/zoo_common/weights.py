@@ -206,18 +206,15 @@ class Reader:
                 f"{path} holds weights of no kind that is known here (its names begin with "
                 f"{', '.join(list(content.weights)[:3]) or 'none'}): give {self.known}."
             )
-        file = WeightsFile(path, kind.name, settings=kind.settings(content), fills=kind.fills)
-        for name, value in content.weights.items():
-            if name.endswith(_COUNTER):
-                continue
-            key = kind.rename(name)
-            if key is None:
-                file.left_over.append(name)
-            elif key:
-                file.tensors[key] = _tensor(value)
-                file.names[key] = name
-        kind.finish(file)
-        return file
+        try:
+            return _renamed(content, kind)
+        except UserError:
+            raise
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{path} has the names of {kind.name} and other shapes ({why}): get a whole file."
+            ) from error
 
     def load_start(
         self, model: nn.Module, path: str | Path, config: object, *, full: bool = False
@@ -320,6 +317,23 @@ class Reader:
         return f"the file has {there} classes, the model {here}"
 
 
+def _renamed(content: Content, kind: Kind) -> WeightsFile:
+    """A file's tensors under our names."""
+    settings = kind.settings(content)
+    file = WeightsFile(content.path, kind.name, settings=settings, fills=kind.fills)
+    for name, value in content.weights.items():
+        if name.endswith(_COUNTER):
+            continue
+        key = kind.rename(name)
+        if key is None:
+            file.left_over.append(name)
+        elif key:
+            file.tensors[key] = _tensor(value)
+            file.names[key] = name
+    kind.finish(file)
+    return file
+
+
 def read_content(path: Path) -> Content:
     """Reads a checkpoint of torch, or a pickle of arrays, of any layout.
 
@@ -383,7 +397,14 @@ def match(file: WeightsFile, model: nn.Module) -> Fit:
 
 
 def fill(model: nn.Module, fit: Fit) -> None:
-    """Gives a model what fits; the rest of it stays as it is."""
+    """Gives a model what fits; the rest of it stays as it is.
+
+    Raises:
+        UserError: a tensor is there in name only.
+    """
+    empty = [key for key in fit.loaded if fit.file.tensors[key].is_meta]
+    if empty:
+        raise UserError(f"{fit.file.path} has no numbers for {_groups(empty)}: get a whole file.")
     own = model.state_dict()  # with the versions of its modules, which a new dict would lose
     own.update({key: fit.file.tensors[key] for key in fit.loaded})
     model.load_state_dict(own)

@@ -21,6 +21,7 @@ WORDS = [
     b"!!python/object/new:subprocess.Popen [[true]]\n",
     b"!!timestamp 2001-99-99", b"!!binary =", b"!!int x", b"!!float x", b"!!set {a, b}",
     b"!!omap [a: 1]", b"!!pairs [a: 1]", b"2001-13-45", b"1:99:99", b"0x", b"0b2",
+    b"0x" + b"f" * 5000,
     b"? [a, b]\n: 1\n",
     b"&a [*a]", b"&a {x: *a}", b"<<: *a", b"<<: [1]", b"*nobody", b"_base_: ", b"_BASE_: [a]\n",
     b"_base_: config.yaml\n", b"${oc.env:HOME}", b"${a.b", b"---\n", b"...\n", b"%YAML 9.9\n",

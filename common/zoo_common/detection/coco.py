@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 _MISSING = "missing_images"
 _NO_OUTLINES = "no_outlines"
-_FAR = 1 << 16
+FAR = 1 << 16
+"""pycocotools walks along each edge: how far out of an image, in pixels, a vertex may lie."""
 
 _MEANINGS = {
     _MISSING: "images have no file: left out",
@@ -215,7 +216,7 @@ class CocoIndex:
             order, by object and column.
         """
         height, width = self.size(index)
-        limits_2 = np.array([width, height]) + _FAR
+        limits_2 = np.array([width, height]) + FAR
         counts = []
         for row in self._rows(index).tolist():
             if not self._arrays["edges"][row]:
@@ -224,7 +225,7 @@ class CocoIndex:
                 counts.append(self._rle(row)["counts"].encode())
             else:
                 rings = [
-                    np.clip(np.reshape(ring, (-1, 2)), -_FAR, limits_2).ravel()
+                    np.clip(np.reshape(ring, (-1, 2)), -FAR, limits_2).ravel()
                     for ring in self._polygons(row)
                     if len(ring) >= 6 and len(ring) % 2 == 0
                 ]

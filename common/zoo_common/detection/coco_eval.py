@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
 from zoo_common import distributed
-from zoo_common.detection.coco import CocoIndex
+from zoo_common.detection import coco_json
+from zoo_common.detection.coco import FAR, CocoIndex
 from zoo_common.errors import TrainingError, UserError
 from zoo_common.flaky import read_bytes
 
@@ -37,6 +39,7 @@ PREFIXES: dict[Kind, str] = {"bbox": "box", "segm": "mask"}
 _THRESHOLDS = np.linspace(0.5, 0.95, 10)
 _AREAS = ("all", "small", "medium", "large")
 _LIMITS = (1, 10, 100)
+_ENDLESS_NUMBER = re.compile(rb"[P-o]{12}")  # letters after which more follow, too many for one
 
 # The twelve lines of COCO's summary: recall or precision, threshold, area, detections an image.
 _LINES: tuple[tuple[bool, float | None, str, int], ...] = (
@@ -496,19 +499,46 @@ def _mask_of(annotation: Mapping[str, Any], height: int, width: int) -> Mapping[
         return None
     try:
         if isinstance(outline, list):
-            rle = mask_utils.merge(mask_utils.frPyObjects(outline, height, width))
+            rings = [_nearby(ring, height, width) for ring in outline]
+            rle = mask_utils.merge(mask_utils.frPyObjects(rings, height, width))
         elif isinstance(outline["counts"], list):
             rle = mask_utils.frPyObjects(outline, height, width)
         else:
             rle = {"size": outline["size"], "counts": outline["counts"]}
         if list(rle["size"]) != [height, width]:
-            raise ValueError(f"its size is {rle['size']}, the image's {[height, width]}")
+            raise ValueError(f"its size is {rle['size']!s:.60}, the image's {[height, width]}")
+        if not isinstance(outline, list):
+            _check_runs(_as_bytes(rle["counts"]), height * width)
     except Exception as error:  # pycocotools raises bare ones
         raise UserError(
             f"The segmentation of annotation {annotation.get('id')} cannot be used ({error}): "
             "correct the annotations."
         ) from error
     return {"size": [height, width], "counts": _as_bytes(rle["counts"])}
+
+
+def _nearby(ring: Sequence[float], height: int, width: int) -> Sequence[float]:
+    """A polygon whose far vertices are moved to where pycocotools can walk to in a while."""
+    points = np.asarray(ring, np.float64)
+    if not np.isfinite(points).all():
+        raise ValueError("a coordinate is no finite number")
+    limits = np.resize([width, height], points.shape) + FAR
+    if (points >= -FAR).all() and (points <= limits).all():
+        return ring
+    moved: list[float] = np.clip(points, -FAR, limits).tolist()
+    return moved
+
+
+def _check_runs(counts: bytes, pixels: int) -> None:
+    """Refuses run lengths that are not of an image: comparing such masks, pycocotools never ends.
+
+    Raises:
+        ValueError: they are not.
+    """
+    runs, _ = coco_json.decode_runs([counts])
+    fits = ((runs >= 0) & (runs <= pixels)).all() and runs.sum() == pixels
+    if not fits or _ENDLESS_NUMBER.search(counts):
+        raise ValueError("its run lengths do not add up to the image")
 
 
 def check_outlines(index: CocoIndex) -> None:
