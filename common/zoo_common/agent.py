@@ -40,6 +40,8 @@ _GOODBYE_S = 10
 _WORD_S = 3.0
 # How long the writing of a checkpoint may hold up the end of a run that failed meanwhile.
 _WRITE_S = 20.0
+# How long rank 0 may take to notice that another rank failed.
+_NOTICE_S = 1.0
 # How long a signal to all machines may take from one to the next.
 _SAME_SIGNAL_S = 2.0
 
@@ -178,11 +180,8 @@ class _Agent(LocalElasticAgent):
 
     def _fail(self, word: Word) -> Any:
         """Ends this machine's ranks and lets torch's agent start them again, if that may help."""
-        until = time.monotonic() + _WRITE_S
-        while self._plan.is_saving() and time.monotonic() < until:
-            if not self._runs(local_rank=0):
-                break
-            time.sleep(0.05)
+        if self._meeting.machines[0] == self._place.node_rank:
+            self._let_rank_0_save()
         if self._pcontext is not None:
             self._pcontext.close(signal.SIGKILL)
         if word.of_another:
@@ -197,8 +196,18 @@ class _Agent(LocalElasticAgent):
         self._reason = word.message if word.rank < 0 else f"rank {word.rank} failed: {word.message}"
         return RunResult(state=WorkerState.FAILED)
 
-    def _runs(self, *, local_rank: int) -> bool:
-        return _exit_code(self._worker_group.workers[local_rank].id) is None
+    def _let_rank_0_save(self) -> None:
+        """Waits while a checkpoint is being written, and a moment for rank 0 to end by itself.
+
+        It does when its next collective fails, behind its last write.
+        """
+        process = self._worker_group.workers[0].id
+        started = time.monotonic()
+        while _exit_code(process) is None:
+            waited = time.monotonic() - started
+            if waited > (_WRITE_S if self._plan.is_saving() else _NOTICE_S):
+                return
+            time.sleep(0.05)
 
     def whereabouts(self) -> str:
         """Where the ranks of this machine are now, a line each."""

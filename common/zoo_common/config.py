@@ -574,7 +574,7 @@ def _load_yaml(file: Path) -> dict[str, Any]:
     try:
         loaded = yaml_text.parse(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"Cannot read the config {file}: {error.strerror}.") from error
+        raise UserError(f"Cannot read the config {str(file)[:300]}: {error.strerror}.") from error
     except ValueError as error:
         raise UserError(f"The config {file} is not valid YAML: {error}.") from error
     if loaded is None:
@@ -633,13 +633,23 @@ def _plain(hint: Any) -> Any:
     return hint
 
 
+def _escaped(value: Any) -> Any:
+    """A path may hold what OmegaConf would take for an environment variable to fill in."""
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + "\\${", value)
+
+
 def _set(merged: Any, field: Field, value: Any, origin: str) -> None:
-    if isinstance(value, str):
-        value = value.replace("${", "\\${")  # a path may hold what OmegaConf would interpolate
-    elif isinstance(value, bool) and "on" in field.metadata.get("choices", ()):
+    if isinstance(value, bool) and "on" in field.metadata.get("choices", ()):
         value = "on" if value else "off"  # YAML takes these words for truth values
     try:
-        OmegaConf.update(merged, field.path, value)
+        OmegaConf.update(merged, field.path, _escaped(value))
+        found = OmegaConf.select(merged, field.path)  # raises for a "${x}" that is no text
+        if OmegaConf.is_config(found):
+            OmegaConf.to_container(found, resolve=True)
     except (omegaconf.errors.OmegaConfBaseException, ValueError, TypeError) as error:
         plain = _plain(field.type)
         wanted = str(plain) if typing.get_origin(plain) else plain.__name__

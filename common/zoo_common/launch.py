@@ -107,7 +107,12 @@ def _run_ranks(
 
     launch = config.launch
     file = directory / "config.yaml"
-    file.write_text(configs.to_yaml(config), encoding="utf-8")
+    try:
+        _put(file, configs.to_yaml(config))
+    except OSError as error:
+        raise UserError(
+            f"Cannot write {file}: {error.strerror}; free some room or choose another --output_dir."
+        ) from error
     first = config.run.device_id + place.node_rank * place.processes
     logs = [directory / f"train_{first + local}.log" for local in range(place.processes)]
     meeting = Meeting(
@@ -126,7 +131,7 @@ def _run_ranks(
         os.environ[REASON_VARIABLE] = reason
         if reason:
             where = f" on {len(machines)} of {place.nnodes} machines" if place.nnodes > 1 else ""
-            _say(f"{reason}: start {round} of the ranks{where}")
+            _say(f"{reason}\nstart {round} of the ranks{where}")
             console.resume()
 
     plan = agent.Plan(
@@ -140,7 +145,7 @@ def _run_ranks(
         grace_s=config.run.stop_grace_s,
         hang_timeout_s=config.run.hang_timeout_s,
         max_restarts=launch.max_restarts,
-        is_saving=lambda: any((directory / "checkpoints").glob(".*.partial")),
+        is_saving=lambda: any((directory / "checkpoints").glob(".*")),
         was_interrupted=lambda: _read_result(directory).get("status") == "interrupted",
         on_start=announce,
     )
@@ -201,11 +206,16 @@ def _complete(
 def _write(directory: Path, result: dict[str, Any]) -> None:
     """The record and the report; on a full disk the training's own error matters more."""
     with contextlib.suppress(OSError):
-        partial = directory / ".result.json.partial"
-        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        partial.replace(directory / "result.json")
+        _put(directory / "result.json", json.dumps(result, indent=1) + "\n")
         for line in report.write(directory, result):
             _show(line)
+
+
+def _put(file: Path, text: str) -> None:
+    """Writes a file whole, or leaves the one that is there."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
 
 
 def _exit_code(outcome: "Outcome", result: dict[str, Any], machine: int) -> int:

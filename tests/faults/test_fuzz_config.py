@@ -124,6 +124,40 @@ def test_runs_files(amount: int, tmp_path: Path) -> None:
     feed(read_runs, st.one_of(trees, spoiled([text], [*WORDS, bomb()])), amount, tmp_path)
 
 
+@amounts
+def test_texts_stay_as_they_are(amount: int, tmp_path: Path) -> None:
+    """Also those that OmegaConf would fill in, with environment variables for example."""
+    from twins.config import CARD_OPTIONS, Config
+
+    file = tmp_path / "config.yaml"
+    pieces = [
+        "${",
+        "}",
+        "$",
+        "{",
+        "\\",
+        "'",
+        '"',
+        "oc.env:HOME",
+        "a",
+        " ",
+        "\n",
+        "#",
+        ": ",
+        "é",
+        "\t",
+    ]
+    texts = st.lists(st.sampled_from(pieces), max_size=8).map("".join)
+
+    def read_text(text: str) -> None:
+        config = load_config(Config, [f"run.id={text}"], CARD_OPTIONS)
+        assert config.run.id == text
+        file.write_text(to_yaml(config), encoding="utf-8")
+        assert load_config(Config, [f"--config={file}"], CARD_OPTIONS).run.id == text
+
+    feed(read_text, texts, amount // 5, tmp_path, all_read=True)
+
+
 @pytest.mark.parametrize("word", WORDS[:3])
 def test_yaml_that_would_run_code_is_refused_and_not_run(word: bytes, tmp_path: Path) -> None:
     """That yaml's own loader would run it is what makes this test mean something."""
