@@ -160,9 +160,12 @@ class _Agent(LocalElasticAgent):
         hang = self._watch.hung() if self._watch is not None else None
         if hang is None:
             return None
+        message = hang.message
+        file = self._plan.scratch.parent / "stacks.txt"
         with contextlib.suppress(OSError):
-            (self._plan.scratch.parent / "stacks.txt").write_text(hang.stacks, encoding="utf-8")
-        return Word(self._place.node_rank, -1, 1, hang.message)
+            file.write_text(hang.stacks, encoding="utf-8")
+            message += f"\n  all stacks: {file}"
+        return Word(self._place.node_rank, -1, 1, message)
 
     def _lost(self) -> Word | None:
         try:
