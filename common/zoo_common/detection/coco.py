@@ -127,9 +127,10 @@ class CocoIndex:
         present = _are_present(self._arrays, images)
         missing = np.flatnonzero(~present)
         if len(missing) and (not allow_missing or not present.any()):
+            first = index.path(int(missing[0]))[:500]
             raise UserError(
                 f"{len(missing)} of the {len(index)} images of {self.annotations} are missing, the "
-                f"first is {index.path(int(missing[0]))}; add them, or take them out of the JSON."
+                f"first is {first}; add them, or take them out of the JSON."
             )
         return replace(index, _numbers=np.flatnonzero(present).tolist()) if len(missing) else index
 

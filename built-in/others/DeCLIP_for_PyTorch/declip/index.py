@@ -97,7 +97,7 @@ class CaptionIndex:
         self._captions: list[_Strings] = []
         try:
             rows = self._map()
-        except (pa.ArrowException, MemoryError) as error:
+        except (pa.ArrowException, MemoryError, TypeError) as error:
             raise ValueError(f"{file} is damaged ({error})") from error
         if rows != self.facts.rows:
             raise ValueError("rows are missing")
@@ -290,7 +290,8 @@ def _check_pictures(index: CaptionIndex, source: Path) -> None:
     if not any(map(_is_file, paths)):
         raise UserError(
             f"None of {looked_for} pictures of {source} that were looked for is there, the first "
-            f"is {paths[0]}; put the pictures below {index.images} under the names of the list."
+            f"is {str(paths[0])[:500]}; put the pictures below {index.images} under the names of "
+            "the list."
         )
 
 
@@ -420,5 +421,5 @@ def _check_val_pictures(images: Path, source: Path, names: list[str]) -> None:
     if missing:
         raise UserError(
             f"{len(missing)} of the {len(names)} pictures of {source} are missing, the first is "
-            f"{images / missing[0]}; add them, or take them out of the list."
+            f"{str(images / missing[0])[:500]}; add them, or take them out of the list."
         )
