@@ -66,7 +66,7 @@ class _Header(msgspec.Struct):
     """What stands in a cache before its arrays; of each its name, kind, shape, place and sum."""
 
     version: str
-    stamp: list[int]
+    stamp: tuple[int, int, int]
     settled: bool
     sha256: str
     arrays: list[tuple[str, str, tuple[int, ...], int, int]]

@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/distributed/c10d/reducer_timer.hpp>
+#include <torch/csrc/python_headers.h>
 
 #include <chrono>
 #include <functional>
@@ -176,6 +177,15 @@ Reduction in_place_reduction(const Tensors& tensors, int processes, Options& opt
 }
 
 }  // namespace
+
+// Gloo's threads may have to free a Python object before they end, so who waits for them must not
+// hold the interpreter's lock.
+Hccl::~Hccl() {
+  if (!Py_IsInitialized() || !PyGILState_Check()) return;
+  PyThreadState* state = PyEval_SaveThread();
+  gloo_.reset();
+  PyEval_RestoreThread(state);
+}
 
 Hccl::Hccl(c10::intrusive_ptr<c10d::Backend> gloo, int rank, int size)
     : c10d::Backend(rank, size), gloo_(std::move(gloo)) {}

@@ -12,6 +12,7 @@ class Hccl final : public c10d::Backend {
   using TensorLists = std::vector<Tensors>;
 
   Hccl(c10::intrusive_ptr<c10d::Backend> gloo, int rank, int size);
+  ~Hccl() override;
 
   const std::string getBackendName() const override { return "hccl"; }
   Work allreduce(Tensors& tensors, const c10d::AllreduceOptions& options) override;
