@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Breaks whole runs on purpose and looks at what is left; all of it takes about an hour:
+# Breaks whole runs on purpose and looks at what is left; all of it takes long:
 #   bash ci/test_faults.sh [--quick] [what pytest takes: paths, -k WORD, -x, ...]
 # --quick leaves out what takes long (marker "thorough"); CI runs this. Tests that measure (marker
 # "alone") run after the others, with nothing beside them.
