@@ -35,7 +35,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from zoo_common import yaml_text
-from zoo_common.errors import UserError
+from zoo_common.errors import UserError, one_line
 from zoo_common.options import Assignment, Option, is_true, nearest, parse
 
 T = TypeVar("T")
@@ -512,7 +512,7 @@ def _read(
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{entry.origin}: {error}") from error
+        raise UserError(f"{entry.origin}: {one_line(error, 1000)}") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise UserError(
             f"{entry.origin}: {entry.value!r:.60} is not of the form that this setting has; "

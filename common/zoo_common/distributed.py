@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from zoo_common import data_workers
 from zoo_common.beats import beat
-from zoo_common.errors import LostPeerError, UserError
+from zoo_common.errors import LostPeerError, UserError, first_line
 
 Item = TypeVar("Item")
 
@@ -166,7 +166,7 @@ def start(device: torch.device, *, timeout_s: float = 1800) -> Processes:
         kind = LostPeerError if ROUND_VARIABLE in os.environ else UserError
         raise kind(
             f"The {processes.world_size} processes of the run did not meet at {where} within "
-            f"{timeout_s:g} s ({_first_line(error)}): check that each machine runs its part and "
+            f"{timeout_s:g} s ({first_line(error)}): check that each machine runs its part and "
             "reaches that address."
         ) from error
     return processes
@@ -215,10 +215,6 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
 @contextlib.contextmanager
 def _with_others() -> Iterator[None]:
     """Turns gloo's error about a process that is gone into one that people understand."""
@@ -229,7 +225,7 @@ def _with_others() -> Iterator[None]:
             raise  # torch raises it wherever the main thread happens to be
         raise LostPeerError(
             "Another process of this run ended or does not answer, so this one ends too; the "
-            f"other's log says why ({_first_line(error)})."
+            f"other's log says why ({first_line(error)})."
         ) from error
 
 

@@ -6,6 +6,7 @@ import io
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from zoo_common.errors import one_line
 from zoo_common.flaky import read_bytes
 
 _TURNS = {
@@ -42,7 +43,7 @@ def read_image(path: str, *, upright: bool = False) -> Image.Image:
     try:
         data = read_bytes(path)
     except OSError as error:
-        raise DamagedImageError(_reason(error)) from error
+        raise DamagedImageError(one_line(error)) from error
     return decode_image(data, upright=upright)
 
 
@@ -71,12 +72,8 @@ def decode_image(data: bytes, *, upright: bool = False) -> Image.Image:
     except UnidentifiedImageError:  # it would name the object in memory
         raise DamagedImageError("cannot identify image file") from None
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
-        raise DamagedImageError(_reason(error)) from error
+        raise DamagedImageError(one_line(error)) from error
     return image
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from zoo_common.errors import UserError
+from zoo_common.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from zoo_common.preflight import Place
@@ -93,7 +93,7 @@ def read(path: Path) -> list[Card]:
     try:
         table = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not valid JSON ({' '.join(str(error).split())})") from error
+        raise ValueError(f"is not valid JSON ({one_line(error)})") from error
     if not isinstance(table, dict) or not isinstance(table.get("server_list"), list):
         raise ValueError("has no server_list")
     if table.get("status") != "completed":

@@ -22,7 +22,7 @@ from zoo_common.amp import Precision
 from zoo_common.beats import beat
 from zoo_common.checkpoints import Checkpoints, choose
 from zoo_common.config import to_yaml
-from zoo_common.errors import TrainingError, UserError
+from zoo_common.errors import TrainingError, UserError, one_line
 from zoo_common.loss_watch import LossWatch, Snapshot, Stateful
 from zoo_common.runlog import RunLog, StepClock, StepRecord, Throughput, write_json
 from zoo_common.stop_signals import StopSignals
@@ -565,9 +565,8 @@ def start_run(config: Any, metric: Metric) -> Iterator[Run]:
 
 def _other_state(path: Path, error: BaseException) -> UserError:
     """For a file that is whole, but holds other things than a state of this run."""
-    what = " ".join(str(error).split()) or type(error).__name__
     return UserError(
-        f"--resume: {path} is no state that this run can go on from ({what:.200}): give a "
+        f"--resume: {path} is no state that this run can go on from ({one_line(error)}): give a "
         "checkpoint of the same model and settings."
     )
 

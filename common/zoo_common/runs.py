@@ -38,7 +38,7 @@ from zoo_common.config import (
     read_yaml,
     take_config_file,
 )
-from zoo_common.errors import UserError
+from zoo_common.errors import UserError, first_line
 from zoo_common.options import Assignment, Option, nearest, parse
 
 CALLER_VARIABLE = "ZOO_CALLER_DIR"
@@ -185,8 +185,7 @@ def load(directory: Path) -> Model:
         merged = OmegaConf.merge(OmegaConf.structured(_RunsFile), read_yaml(file))
         content: _RunsFile = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except (OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{file} does not fit: {why:.200}.") from error
+        raise UserError(f"{file} does not fit: {first_line(error):.200}.") from error
     for name, spec in content.runs.items():
         if spec.kind not in KINDS:
             raise UserError(f"{file}: kind of {name} must be one of {', '.join(KINDS)}.")

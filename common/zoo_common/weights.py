@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo_common import checkpoint, pickles, yaml_text
-from zoo_common.errors import UserError
+from zoo_common.errors import UserError, one_line
 
 _COUNTER = ".num_batches_tracked"  # changes no number: neither asked for nor reported
 
@@ -211,9 +211,9 @@ class Reader:
         except UserError:
             raise
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            why = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{path} has the names of {kind.name} and other shapes ({why}): get a whole file."
+                f"{path} has the names of {kind.name} and other shapes ({one_line(error)}): get a "
+                "whole file."
             ) from error
 
     def load_start(

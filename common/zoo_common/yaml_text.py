@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from zoo_common.errors import one_line
+
 _MOST_VALUES = 200_000
 """A recipe has a few hundred; aliases multiply what a short text stands for."""
 
@@ -26,7 +28,7 @@ def parse(text: str) -> Any:
         raise ValueError("it is nested too deeply") from error
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:
         # Scalars with a tag that they do not fit raise what Python's own types raise.
-        raise ValueError(" ".join(str(error).split())[:400]) from error
+        raise ValueError(one_line(error)) from error
 
 
 class _Loader(yaml.SafeLoader):

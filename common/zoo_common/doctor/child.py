@@ -12,6 +12,8 @@ import os
 import sys
 from typing import Any
 
+from zoo_common.errors import first_line
+
 
 def tell(**facts: Any) -> None:
     """Hands facts to the parent."""
@@ -50,7 +52,7 @@ def _torchvision_problem() -> str | None:
         importlib.import_module("torchvision")
         torch.ops.torchvision.nms  # noqa: B018  raises where the operator is not registered
     except Exception as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     return None
 
 

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from zoo_common.errors import first_line
+
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 
 _CHECK_S = 60.0
@@ -83,10 +85,8 @@ def guarded(part: str, check: Callable[[], list[Line]], seconds: float = _CHECK_
         try:
             found.extend(check())
         except Exception as error:  # the other checks are worth as much
-            words = str(error).strip().splitlines() or ["no reason given"]
-            found.append(
-                Line(part, NOTE, f"could not be checked ({type(error).__name__}: {words[0]})")
-            )
+            words = f"could not be checked ({type(error).__name__}: {first_line(error)})"
+            found.append(Line(part, NOTE, words))
 
     thread = threading.Thread(target=work, name=f"doctor {part}", daemon=True)
     thread.start()

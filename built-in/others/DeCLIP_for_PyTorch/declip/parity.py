@@ -30,7 +30,7 @@ from declip.model import CLIP, DeCLIP, Features, build_model
 from declip.objective import Objective
 from declip.recipe import build_optimizer, clamp_scale, lr_of_step
 from declip.tokenizer import Tokenizer
-from zoo_common.errors import UserError
+from zoo_common.errors import UserError, one_line
 
 Tree = dict[str, Any]
 Place = tuple[torch.device, torch.dtype]
@@ -130,7 +130,7 @@ def _build(case: Mapping[str, Any], config: Config, tokenizer: Tokenizer) -> CLI
     try:
         model.load_state_dict(case["state_dict"], strict=True)
     except RuntimeError as error:
-        problems = " ".join(str(error).split())
+        problems = one_line(error, 2000)
         raise UserError(f"the case's state_dict does not fit the model: {problems}") from error
     return model
 

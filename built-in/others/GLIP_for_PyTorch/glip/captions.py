@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from glip.bert import find_bert, read_config, vocabulary_error
-from zoo_common.errors import UserError
+from zoo_common.errors import UserError, first_line
 
 SEPARATOR = ". "
 _SPECIAL_TOKENS = 2  # [CLS] and [SEP]
@@ -138,7 +138,7 @@ class TextEncoder:
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"model.bert: the tokenizer in {directory} cannot be read "
-                f"({str(error).splitlines()[0]}); put bert-base-uncased's vocab.txt there."
+                f"({first_line(error)}); put bert-base-uncased's vocab.txt there."
             ) from error
         # The library's own object: it starts no threads for one caption, so that loaders may fork.
         self._tokenizer = loaded.backend_tokenizer

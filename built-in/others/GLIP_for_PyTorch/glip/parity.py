@@ -42,7 +42,7 @@ from glip.targets import Matches, match
 from glip.tower import DyConv
 from zoo_common.detection.batching import Collate, Entry
 from zoo_common.detection.transforms import Sample
-from zoo_common.errors import UserError
+from zoo_common.errors import UserError, one_line
 
 Tree = dict[str, Any]
 
@@ -63,7 +63,6 @@ _PUBLISHED_WIDTH = 2048
 _NARROW_HEADS = (4, 8, 2, 16, 1)  # in the order in which they are tried
 _SAME = 1e-2  # other heads make other numbers altogether
 _ROUNDING = 1e-6  # what float32 leaves open of a number behind many layers, relative
-_SHOWN = 300  # characters of what does not fit
 _NOTHING = 1e-9  # of the largest gradient: rounding
 _MARGIN = 2  # few draws do not show the furthest
 _DRAWS = 6  # disturbed copies of the weights, of which each puts a kink on either side
@@ -155,8 +154,8 @@ def _filled(given: _Case) -> GLIP:
     try:
         model.load_state_dict(given.weights, strict=True)
     except RuntimeError as error:
-        problems = " ".join(str(error).split())[:_SHOWN]
-        raise UserError(f"the case's state_dict does not fit the model: {problems} ...") from error
+        problems = one_line(error, 2000)
+        raise UserError(f"the case's state_dict does not fit the model: {problems}") from error
     return model
 
 

@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 
 from glip.captions import SEPARATOR, Caption, Span
-from zoo_common.errors import UserError
+from zoo_common.errors import UserError, one_line
 
 _RESOURCES = "punkt_tab averaged_perceptron_tagger_eng"
 _TO_DO = (
@@ -103,7 +103,7 @@ def _tag(text: str) -> list[tuple[str, str]]:
         ) from error
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
-            f"nltk cannot read its data ({str(error)[:200]!r}): remove punkt_tab and "
+            f"nltk cannot read its data ({one_line(error)!r}): remove punkt_tab and "
             f"averaged_perceptron_tagger_eng from nltk_data and {_TO_DO}"
         ) from error
     return tagged

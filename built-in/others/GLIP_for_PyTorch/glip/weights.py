@@ -20,7 +20,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from zoo_common import checkpoint
-from zoo_common.errors import UserError
+from zoo_common.errors import UserError, one_line
 from zoo_common.weights import Content, Kind, Reader, WeightsFile, fill, match
 
 _HEAD = "rpn.head."
@@ -263,4 +263,4 @@ def _read_bert(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}): get a whole file.") from error
+        raise UserError(f"{path} cannot be read ({one_line(error)}): get a whole file.") from error

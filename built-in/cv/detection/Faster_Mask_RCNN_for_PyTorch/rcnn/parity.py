@@ -17,7 +17,7 @@ from rcnn.recipe import build_optimizer
 from rcnn.roi_heads import Detections
 from zoo_common.detection import boxes, masks
 from zoo_common.detection.batching import DetectionBatch
-from zoo_common.errors import UserError
+from zoo_common.errors import UserError, one_line
 
 Tree = dict[str, Any]
 
@@ -66,7 +66,7 @@ def _build(case: Mapping[str, Any], config: Config, num_classes: int) -> General
     try:
         model.load_state_dict(case["state_dict"], strict=True)
     except RuntimeError as error:
-        problems = " ".join(str(error).split())
+        problems = one_line(error, 2000)
         raise UserError(f"the case's state_dict does not fit the model: {problems}") from error
     model.choose = sample_evenly
     return model

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from twins.model import Twins, build_model
 from twins.recipe import ClassificationLoss, Mixing, build_optimizer, lr_of_epoch, parameter_groups
-from zoo_common.errors import UserError
+from zoo_common.errors import UserError, one_line
 
 Tree = dict[str, Any]
 Place = tuple[torch.device, torch.dtype]
@@ -99,7 +99,7 @@ def _build(case: Mapping[str, Any], place: Place, drop_path_rate: float = 0.0) -
     try:
         said = str(model.to(*place).load_state_dict(weights, strict=True))
     except RuntimeError as error:
-        problems = " ".join(str(error).split())
+        problems = one_line(error, 2000)
         raise UserError(f"the case's state_dict does not fit the model: {problems}") from error
     return model, said
 

@@ -29,7 +29,7 @@ from solov2.weights import from_mmdet
 from zoo_common.detection.batching import Collate, DetectionBatch, Entry
 from zoo_common.detection.bitmasks import Masks
 from zoo_common.detection.transforms import Sample, drop_empty
-from zoo_common.errors import UserError
+from zoo_common.errors import UserError, one_line
 
 Tree = dict[str, Any]
 
@@ -102,7 +102,7 @@ def _build(case: Mapping[str, Any], config: Config) -> SOLOv2:
     try:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        problems = " ".join(str(error).split())
+        problems = one_line(error, 2000)
         raise UserError(f"the case's state_dict does not fit the model: {problems}") from error
     return model
 
