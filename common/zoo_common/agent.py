@@ -265,8 +265,9 @@ def _last_word(agent: _Agent, meeting: Meeting, place: Place) -> Word:
     if said is not None and said.final:
         return said
     before = f", after this: {agent.failure.message}" if agent.failure else ""
-    message = f"machine {place.node_rank} did not meet the others again{before}"
-    return Word(place.node_rank, -1, LOST_CODE, message)
+    own = f"machine {place.node_rank} did not meet the others again"
+    what = "machine 0 does not answer" if meeting.is_lost else own
+    return Word(place.node_rank, -1, LOST_CODE, f"{what}{before}")
 
 
 def _signals() -> dict[str, str]:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import (
@@ -36,7 +36,7 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
 from zoo_common import same
-from zoo_common.errors import UserError
+from zoo_common.errors import UserError, first_line
 from zoo_common.preflight import Place
 
 T = TypeVar("T")
@@ -91,6 +91,7 @@ class Meeting(RendezvousHandler):
     Attributes:
         round: how many times ranks were started, over all machines.
         machines: numbers of the machines in this round, in order.
+        is_lost: machine 0 did not answer any more.
 
     Raises:
         UserError: the port is taken, or machine 0 cannot be reached.
@@ -109,6 +110,7 @@ class Meeting(RendezvousHandler):
     ) -> None:
         self.round = 0
         self.machines: list[int] = []
+        self.is_lost = False
         self._place = place
         self._facts = dict(facts)
         self._join_timeout_s = join_timeout_s
@@ -116,6 +118,8 @@ class Meeting(RendezvousHandler):
         self._pulse: _Pulse | None = None
         self._run_id = uuid.uuid4().hex if place.nnodes == 1 else "zoo"
         self._store = self._open_store(join_timeout_s, serve_at=_own_address(place, local_addr))
+        # A connection that waits for an answer takes no other question.
+        self._beats = self._open_store(lost_after_s)
         self._dynamic: RendezvousHandler | None = None
         if elastic:
             self._compare_clocks()
@@ -144,25 +148,15 @@ class Meeting(RendezvousHandler):
             UserError: they did not come, or differ in what must be equal.
             LostError: machine 0 is gone.
         """
-        self._stop_pulse()
         place = self._place
-        joined, count, store = self._join()
-        self.machines = self._introduce(joined, count, store)
-        rank = self.machines.index(place.node_rank)
-        if rank == 0:
-            store.set("round", str(self._store.add("rounds", 1)))
-        self.round = int(store.get("round"))
-        self._pulse = _Pulse(
-            self._open_store(self._lost_after_s),
-            place.node_rank,
-            self.machines,
-            self.round,
-            self._dynamic.num_nodes_waiting if self._dynamic else None,
-        )
+        self._begin_pulse("meeting", [place.node_rank])
+        self.machines, self.round = self._while_answered(self._meet)
+        ask_waiting = self._dynamic.num_nodes_waiting if self._dynamic else None
+        self._begin_pulse(str(self.round), self.machines, ask_waiting)
         return RendezvousInfo(
             PrefixStore(f"agent/{self.round}", self._store),
-            rank,
-            count,
+            self.machines.index(place.node_rank),
+            len(self.machines),
             RendezvousStoreInfo(place.master_addr, place.master_port),
         )
 
@@ -182,7 +176,7 @@ class Meeting(RendezvousHandler):
     def shutdown(self) -> bool:
         """Says that there will be no further round, if anybody can still be told."""
         self._stop_pulse()
-        if self._dynamic is None or self._place.nnodes == 1:
+        if self._dynamic is None or self._place.nnodes == 1 or self.is_lost:
             return True
         with suppress(TimeoutError, RendezvousError, DistError):
             return _within(_ANSWER_S, self._dynamic.shutdown)
@@ -204,6 +198,7 @@ class Meeting(RendezvousHandler):
             return []
         silent = self._pulse.silent(self._lost_after_s)
         if 0 in silent or self._pulse.broken:
+            self.is_lost = True
             raise LostError
         return silent
 
@@ -213,7 +208,7 @@ class Meeting(RendezvousHandler):
 
     def post(self, word: Word) -> None:
         """Tells the others of a failure; the first word of a round stays."""
-        if len(self.machines) > 1:
+        if len(self.machines) > 1 and not self.is_lost:
             key, text = f"failure/{self.round}", json.dumps(asdict(word))
             with suppress(TimeoutError, DistError):
                 _within(_ANSWER_S, lambda: self._store.compare_set(key, "", text))
@@ -224,7 +219,7 @@ class Meeting(RendezvousHandler):
         Args:
             wait_s: seconds in which it may still say it.
         """
-        if len(self.machines) < 2 or self._pulse is None:
+        if len(self.machines) < 2 or self._pulse is None or self.is_lost:
             return None
         key = f"failure/{self.round}"
         deadline = time.monotonic() + wait_s
@@ -254,7 +249,26 @@ class Meeting(RendezvousHandler):
                 master_listen_fd=descriptor,
             )
         except DistError as error:
-            raise UserError(self._did_not_meet(_first_line(error))) from error
+            raise UserError(self._did_not_meet(first_line(error))) from error
+
+    def _while_answered(self, function: Callable[[], T]) -> T:
+        """What a function gives that may wait for ever for machine 0's answer.
+
+        Raises:
+            LostError: machine 0 does not answer for the set time.
+        """
+        call = _Call(function)
+        while not call.ended(_POLL_S):
+            self.lost()
+        return call.result()
+
+    def _meet(self) -> tuple[list[int], int]:
+        """The numbers of all machines that take part, in order, and the number of the round."""
+        joined, count, store = self._join()
+        machines = self._introduce(joined, count, store)
+        if machines[0] == self._place.node_rank:
+            store.set("round", str(self._store.add("rounds", 1)))
+        return machines, int(store.get("round"))
 
     def _join(self) -> tuple[int, int, Store]:
         """This machine's provisional number, the number of machines, and the round's own store."""
@@ -267,7 +281,7 @@ class Meeting(RendezvousHandler):
         except (RendezvousError, DistError) as error:
             if self.round:
                 raise LostError from error
-            raise UserError(self._did_not_meet(_first_line(error))) from error
+            raise UserError(self._did_not_meet(first_line(error))) from error
         return info.rank, info.world_size, info.store
 
     def _introduce(self, joined: int, count: int, store: Store) -> list[int]:
@@ -371,6 +385,13 @@ class Meeting(RendezvousHandler):
         backend = C10dRendezvousBackend(self._store, self._run_id)
         return create_handler(self._store, backend, parameters)
 
+    def _begin_pulse(
+        self, name: str, machines: list[int], ask_waiting: Callable[[], int] | None = None
+    ) -> None:
+        self._stop_pulse()
+        store = PrefixStore(f"beat/{name}", self._beats)
+        self._pulse = _Pulse(store, self._place.node_rank, machines, ask_waiting)
+
     def _stop_pulse(self) -> None:
         if self._pulse is not None:
             self._pulse.stop()
@@ -389,18 +410,18 @@ class _Pulse:
         store: Store,
         own: int,
         machines: list[int],
-        round: int,
         ask_waiting: Callable[[], int] | None,
     ) -> None:
         self.waiting = 0
         self.broken = False
-        self._store = PrefixStore(f"beat/{round}", store)
+        self._store = store
         self._own = own
         self._ask_waiting = ask_waiting
         # Time counts while somebody looks: a launcher that was stopped with its ranks, or a machine
         # that slept, does not take the pause for the others' silence.
         self._clock = 0.0
         self._looked = time.monotonic()
+        self._answered = 0.0  # when machine 0 last told all beats
         self._counts = dict.fromkeys(machines, 0)
         self._heard = dict.fromkeys(machines, 0.0)
         self._ended = threading.Event()
@@ -415,15 +436,15 @@ class _Pulse:
     def silent(self, seconds: float) -> list[int]:
         """The machines, but for this one, whose last beat is older.
 
-        When machine 0 does not answer, it is the only one of which that is known.
+        While machine 0 does not answer, nothing is known of the others.
         """
         now = time.monotonic()
         self._clock += min(now - self._looked, _BEAT_S)
         self._looked = now
-        late = [m for m, heard in self._heard.items() if self._clock - heard > seconds]
-        if self._own in late:
+        answered = self._answered
+        if self._clock - answered > seconds:
             return [] if self._own == 0 else [0]
-        return late
+        return [m for m, heard in self._heard.items() if answered - heard > seconds]
 
     def _beat(self) -> None:
         try:
@@ -433,6 +454,7 @@ class _Pulse:
                     if count > self._counts[machine]:
                         self._counts[machine] = count
                         self._heard[machine] = self._clock
+                self._answered = self._clock
                 if self._ask_waiting is not None:
                     self.waiting = self._ask_waiting()
         except (RendezvousError, DistError, RuntimeError):
@@ -476,26 +498,37 @@ def _listen(address: str, port: int) -> int:
     return server.detach()
 
 
-def _within(seconds: float, function: Callable[[], T]) -> T:
-    """The function's result, or a TimeoutError; the function itself may be stuck for ever."""
-    box: list[T] = []
-    failure: list[BaseException] = []
+class _Call(Generic[T]):
+    """A function's call in a thread of its own, where it may be stuck for ever."""
 
-    def call() -> None:
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._results: list[T] = []
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
         try:
-            box.append(function())
+            self._results.append(self._function())
         except BaseException as error:
-            failure.append(error)
+            self._failure = error
 
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failure:
-        raise failure[0]
-    if not box:
+    def ended(self, seconds: float) -> bool:
+        """Whether it ended; waits so long for it."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def result(self) -> T:
+        """What the function gave; raises what it raised."""
+        if self._failure is not None:
+            raise self._failure
+        return self._results[0]
+
+
+def _within(seconds: float, function: Callable[[], T]) -> T:
+    """The function's result, or a TimeoutError."""
+    call = _Call(function)
+    if not call.ended(seconds):
         raise TimeoutError
-    return box[0]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return call.result()

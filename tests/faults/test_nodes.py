@@ -184,9 +184,26 @@ def test_the_rest_ends_when_machine_0_lost_its_power(toy: Path, three: list[Mach
     )
     wait_for_step(toy, 5)
     three[0].power_off()
-    assert [ends(process, LOST_AFTER_S + 25) for process in started[1:]] == [LOST_CODE] * 2
+    assert [ends(process, LOST_AFTER_S + 15) for process in started[1:]] == [LOST_CODE] * 2
     for machine in three[1:]:
         assert "machine 0 does not answer" in machine.console(toy), machine.console(toy)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("later_s", [LOST_AFTER_S - 1, LOST_AFTER_S + 0.5, LOST_AFTER_S + 2])
+def test_the_rest_ends_when_machine_0_is_lost_behind_another(
+    toy: Path, three: list[Machine], later_s: float
+) -> None:
+    """Also while they meet again without the other, when no beats of ranks are due."""
+    started = start(
+        toy, three, "--steps=5000", "fault.step_time_s=0.05", "--max_restarts=2", nnodes="2:3"
+    )
+    wait_for_step(toy, 5)
+    three[2].power_off()
+    time.sleep(later_s)
+    three[0].power_off()
+    assert ends(started[1], LOST_AFTER_S + 15) == LOST_CODE
+    assert "machine 0 does not answer" in three[1].console(toy), three[1].console(toy)
 
 
 @pytest.mark.thorough
