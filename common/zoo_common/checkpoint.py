@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import copy
 import errno
+import math
 import os
 import pickle
 import random
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo_common import flaky
-from zoo_common.errors import TrainingError, UserError
+from zoo_common.errors import TrainingError, UserError, one_line
 
 T = TypeVar("T")
 
@@ -147,6 +148,17 @@ def size_of(content: Any) -> int:
     return sum(sizes.values()) + _BYTES_BESIDE_A_TENSOR * len(sizes)
 
 
+def find_not_finite(weights: Mapping[str, Any]) -> str | None:
+    """The name of the first tensor that holds NaN or an infinite number; None: all are finite."""
+    for name, value in weights.items():
+        if not (isinstance(value, Tensor) and value.is_floating_point() and value.numel()):
+            continue
+        # One pass, where torch.isfinite takes twenty times as long; NaN comes through.
+        if not all(math.isfinite(limit) for limit in torch.aminmax(value)):
+            return name
+    return None
+
+
 def check_space(directory: Path, needed: int) -> None:
     """Looks whether a disk has so much room; a quota shows at the writing only.
 
@@ -246,7 +258,7 @@ def load(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except zipfile.BadZipFile as error:
         raise UserError(
-            f"The checkpoint {path} is damaged ({error}): give a whole .pth file."
+            f"The checkpoint {path} is damaged ({one_line(error)}): give a whole .pth file."
         ) from error
     except OSError as error:
         why = error.strerror or "it is damaged"

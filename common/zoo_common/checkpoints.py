@@ -20,7 +20,7 @@ from typing import Any
 from zoo_common import beats, checkpoint
 from zoo_common.checkpoint import SaveError
 from zoo_common.distributed import ROUND_VARIABLE
-from zoo_common.errors import UserError
+from zoo_common.errors import TrainingError, UserError
 
 LAST, BEST = "last.pth", "best.pth"
 _STEPS = "step_*.pth"
@@ -245,6 +245,7 @@ class Checkpoints:
 
         Raises:
             SaveError: this one, or in the background one before, could not be written.
+            TrainingError: as above, because its weights are not finite.
         """
         self._retry_best()
         path = self._directory / f"step_{step:08d}.pth"
@@ -416,6 +417,12 @@ class Checkpoints:
             write.done.set()
 
     def _write(self, write: _Write) -> None:
+        if (name := checkpoint.find_not_finite(write.content["model"])) is not None:
+            raise TrainingError(
+                f"The weights are not finite ({name}), though the losses up to here were: "
+                f"{write.path.name} was not written; {self._kept_words()}; lower the learning "
+                "rate, or clip the gradients, and continue with --resume."
+            )
         checkpoint.save(write.path, write.content, self._kept_words())
         if write.step is None:
             return

@@ -43,6 +43,21 @@ def test_a_bad_loss_on_one_rank_ends_all_with_its_words(
     assert content_of(output)["step"] == step - 1, "the last checkpoint is the one before"
 
 
+@pytest.mark.parametrize("in_background", ["true", "false"])
+def test_weights_that_are_not_finite_are_never_saved(
+    toy: Path, output: Path, in_background: str
+) -> None:
+    """The gradients of step 4 are infinite, its loss is not; step 4 would be saved."""
+    words = ["train_2p", "--save_every=2", f"run.save_in_background={in_background}"]
+    done = run_to_end(toy, *words, *fault("overflow", step=4), output=output)
+    assert done.code == 1
+    written = r"The weights are not finite \(0\.weight\), .* step_00000002\.pth is whole; "
+    met = r"The loss is not finite \(square=nan\) on rank \d at step 5"
+    assert re.search(written if in_background == "false" else f"{written}|{met}", done.err)
+    assert "Traceback" not in done.err
+    assert content_of(output)["step"] == 2
+
+
 def test_a_bad_step_of_one_rank_is_left_out_on_all(toy: Path, output: Path) -> None:
     words = ["train_2p", "--skip_bad_steps=2", "--save_every=1", "--keep_checkpoints=8"]
     done = run_to_end(toy, *words, *fault("nan", rank=1, step=5), output=output)
