@@ -72,15 +72,19 @@ class _Tail:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._position = path.stat().st_size if path.exists() else 0
+        facts = path.stat() if path.exists() else None
+        self._file = facts.st_ino if facts else 0
+        self._position = facts.st_size if facts else 0
         self._rest = b""
 
     def lines(self) -> list[str]:
         if not self._path.exists():
             return []
-        if self._path.stat().st_size < self._position:
-            self._position = 0  # a resumed run wrote the file anew
         with self._path.open("rb") as stream:
+            facts = os.fstat(stream.fileno())
+            if facts.st_ino != self._file or facts.st_size < self._position:
+                # A resumed run wrote the file anew, and may have made it longer than it was.
+                self._file, self._position, self._rest = facts.st_ino, 0, b""
             stream.seek(self._position)
             new = stream.read()
         self._position += len(new)
