@@ -89,9 +89,10 @@ def test_coco_scores(amount: int, tmp_path: Path) -> None:
     path, cache = tmp_path / "instances.json", tmp_path / "cache"
     box_14, one = np.array([[1.0, 2.0, 6.0, 6.0]]), np.array([0.9])
 
-    def score(source: Path | CocoIndex) -> None:
+    def score(source: Path | CocoIndex, size: tuple[int, int]) -> None:
         evaluator = CocoEvaluator(source)
-        evaluator.add(1, box_14, one, np.array([0]), [rle()])
+        whole = coco_mask.frPyObjects({"size": size, "counts": [0, size[0] * size[1]]}, *size)
+        evaluator.add(1, box_14, one, np.array([0]), [whole])
         evaluator.summarize()
 
     def read_ground_truth(data: bytes) -> None:
@@ -100,8 +101,10 @@ def test_coco_scores(amount: int, tmp_path: Path) -> None:
             left.unlink()
         index = open_index(path, None, masks=True, cache=cache)
         check_outlines(index)
-        score(index)
-        score(path)
+        sizes = {index.image_id(number): index.size(number) for number in range(len(index))}
+        size = sizes.get(1, (12, 10))
+        score(index, size)
+        score(path, size)
 
     read_ground_truth(as_json(coco()))
     feed(read_ground_truth, spoiled_json([coco()], WORDS), amount, tmp_path)

@@ -52,8 +52,6 @@ class Objects(NamedTuple):
     """xyxy, clipped to the image."""
     labels_N: NDArray[np.int64]
     crowd_N: NDArray[np.bool_]
-    area_N: NDArray[np.float32]
-    """As the file says, in square pixels; not of the clipped box."""
     ids_N: NDArray[np.int64]
 
 
@@ -187,7 +185,6 @@ class CocoIndex:
             coco_json.clip(arrays["boxes"][rows], np.array(self.size(index))),
             arrays["labels"][rows].astype(np.int64),
             arrays["crowd"][rows],
-            arrays["areas"][rows].astype(np.float32),
             arrays["ids"][rows],
         )
 

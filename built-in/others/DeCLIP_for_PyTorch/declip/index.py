@@ -387,7 +387,7 @@ def _read_val_row(line: str) -> tuple[str, int, str]:
         raise RowError("not a JSON object")
     name = clean_filename(row.get("filename"))
     label, label_name = row.get("label"), row.get("label_name")
-    if isinstance(label, str) and label.isdecimal():
+    if isinstance(label, str) and label.isdecimal() and len(label) < 20:
         label = int(label)
     if not isinstance(label, int) or isinstance(label, bool) or label < 0:
         raise RowError("no label")
