@@ -650,7 +650,12 @@ def _set(merged: Any, field: Field, value: Any, origin: str) -> None:
         found = OmegaConf.select(merged, field.path)  # raises for a "${x}" that is no text
         if OmegaConf.is_config(found):
             OmegaConf.to_container(found, resolve=True)
-    except (omegaconf.errors.OmegaConfBaseException, ValueError, TypeError) as error:
+    except (
+        omegaconf.errors.OmegaConfBaseException,
+        ArithmeticError,
+        ValueError,
+        TypeError,
+    ) as error:
         plain = _plain(field.type)
         wanted = str(plain) if typing.get_origin(plain) else plain.__name__
         raise UserError(

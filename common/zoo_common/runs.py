@@ -184,7 +184,13 @@ def load(directory: Path) -> Model:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(_RunsFile), read_yaml(file))
         content: _RunsFile = OmegaConf.to_object(merged)  # type: ignore[assignment]
-    except (OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
+    except (
+        OmegaConfBaseException,
+        ArithmeticError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise UserError(f"{file} does not fit: {first_line(error):.200}.") from error
     for name, spec in content.runs.items():
         if spec.kind not in KINDS:

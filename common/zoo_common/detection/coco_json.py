@@ -464,7 +464,8 @@ def _first_bad_item(section: msgspec.Raw, name: str, item_type: type[Any]) -> st
             msgspec.json.decode(item, type=item_type, strict=False)
         except UNREADABLE as error:
             try:
-                which = f"with id {msgspec.json.decode(item, type=dict[str, Any])['id']}"
+                found = msgspec.json.decode(item, type=dict[str, Any])["id"]
+                which = f"with id {found!r:.60}"
             except (*UNREADABLE, KeyError):
                 which = f"number {position + 1}"
             return f"the item {which} of its {name} is wrong ({error})"
