@@ -152,6 +152,10 @@ class _Agent(LocalElasticAgent):
         may_go_on = self._place.nnodes > self._place.fewest and self._remaining_restarts > 0
         if may_go_on and self._plan.was_interrupted():
             time.sleep(_SAME_SIGNAL_S)  # a signal to this machine as well ends the run here
+            if self._meeting.num_nodes_waiting():
+                # A launcher that saw the new machine before this one had all ranks save; torch's
+                # agent starts them again, which is no restart after a failure.
+                return RunResult(state=WorkerState.HEALTHY)
             machine = self._place.node_rank
             return self._fail(Word(machine, -1, LOST_CODE, "a machine was told to end"))
         return super()._monitor_workers(worker_group)
