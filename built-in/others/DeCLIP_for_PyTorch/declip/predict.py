@@ -5,7 +5,6 @@ Sense-GVT/DeCLIP give --config-file. The vocabulary is the one of the run, or --
 """
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,23 +20,16 @@ from declip.model import build_model, to_device
 from declip.views import EvalTransform
 from declip.zero_shot import similarities, tokenize
 from zoo_common import device as devices
-from zoo_common.config import load_config
 from zoo_common.errors import UserError
 from zoo_common.images import DamagedImageError, read_image
+from zoo_common.predicting import exit_code, network_config
 from zoo_common.preflight import check_checkpoint_file
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; the exit code."""
     options, settings = parse(sys.argv[1:] if argv is None else argv)
-    try:
-        predict(options, settings)
-    except UserError as error:
-        print(f"declip.predict: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return 0
+    return exit_code("declip.predict", lambda: predict(options, settings))
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -73,13 +65,14 @@ def predict(options: argparse.Namespace, settings: Sequence[str]) -> None:
     if len(texts) < 2 or not all(texts):
         raise UserError("--text needs two different texts or more, none empty, to choose from.")
     check_checkpoint_file(options.checkpoint, "--checkpoint")
-    config = network_config(options.checkpoint, options.config_file, settings)
+    path = options.checkpoint
+    config = network_config(Config, CARD_OPTIONS, path, options.config_file, settings)
     if options.vocabulary is not None:
         config.text.vocabulary = str(options.vocabulary)
     device = devices.resolve(options.device)
     tokenizer = open_tokenizer(config)
     model = build_model(config.model, config.loss, tokenizer.vocab_size)
-    print(weights.load_for_evaluation(model, options.checkpoint, config.model), file=sys.stderr)
+    print(weights.load_for_evaluation(model, path, config.model), file=sys.stderr)
     to_device(model, device).eval()
 
     tokens_NT, ends_N = tokenize(tokenizer, texts, config.model.context_length)
@@ -96,16 +89,6 @@ def predict(options: argparse.Namespace, settings: Sequence[str]) -> None:
         print(name)
         for share, text in sorted(zip(shares_N, texts, strict=True), reverse=True):
             print(f"  {100 * share:5.1f} %  {text}")
-
-
-def network_config(checkpoint: Path, file: Path | None, settings: Sequence[str]) -> Config:
-    """The settings of the network: the checkpoint's own, a file's, or DeCLIP ViT-B/32's."""
-    words = list(settings)
-    if file is not None:
-        words = [f"--config={file}", *words]
-    elif (recorded := checkpoint.resolve().parent.parent / "config.yaml").is_file():
-        words = [f"--config={recorded}", *words]
-    return load_config(Config, words, CARD_OPTIONS)
 
 
 if __name__ == "__main__":
