@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,10 @@ def test_a_range_in_yaml_is_no_time_of_day(tmp_path: Path) -> None:
 
 @dataclass
 class Launched:
-    """As much of a config as decides the share."""
+    """As much of a config as decides the share, and what every model scales."""
 
     launch: LaunchConfig
+    run: RunConfig = field(default_factory=RunConfig)
 
 
 def test_the_share_is_of_the_most_processes() -> None:
@@ -87,9 +88,10 @@ def test_steps_have_as_many_images() -> None:
     assert elastic.average_for(0.999, Fraction(1, 2)) ** 2 == pytest.approx(0.999)
     assert elastic.average_for(0.999, Fraction(1)) == 0.999
     assert elastic.average_for(0.0, Fraction(1, 2)) == 0.0
-    run = RunConfig(max_steps=30, save_every=0)
-    elastic.scale_run(run, three_quarters)
-    assert (run.max_steps, run.save_every) == (40, 0)
+    config = Launched(LaunchConfig(nnodes="2:4", processes=8), RunConfig(max_steps=30))
+    fitted, share = elastic.scaled(config, 24)
+    assert (fitted.run.max_steps, fitted.run.save_every, share) == (40, 0, three_quarters)
+    assert config.run.max_steps == 30
 
 
 # ---------------------------------------------------------------------------- position

@@ -12,17 +12,20 @@ out, and no image is met twice. ``Met`` tells the order of that epoch what was m
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from zoo_common.config import RunConfig, node_range
+from zoo_common.config import node_range
 from zoo_common.errors import UserError
 
 if TYPE_CHECKING:
     from zoo_common.run import TrainState
 
+
+ConfigT = TypeVar("ConfigT")
 
 # ---------------------------------------------------------------------------- recipes
 
@@ -48,6 +51,23 @@ def share(config: Any, world_size: int) -> Fraction:
     return Fraction(world_size, config.launch.processes * most)
 
 
+def scaled(config: ConfigT, world_size: int) -> tuple[ConfigT, Fraction]:
+    """A copy of a config with the step counts fitted that every model has, and the share.
+
+    Args:
+        config: a model's config.
+        world_size: processes on all machines.
+
+    Raises:
+        UserError: as of :func:`share`.
+    """
+    part = share(config, world_size)
+    copied: Any = copy.deepcopy(config)
+    copied.run.max_steps = steps_for(copied.run.max_steps, part)
+    copied.run.save_every = steps_for(copied.run.save_every, part)
+    return copied, part
+
+
 def steps_for(steps: int, share: Fraction) -> int:
     """As many steps of another size as have the images of ``steps``; one at least, unless 0."""
     return max(1, math.floor(steps / share + Fraction(1, 2))) if steps else 0
@@ -71,12 +91,6 @@ def batch_for(batch_size: int, share: Fraction) -> int:
 def average_for(decay: float, share: Fraction) -> float:
     """The share of a weight average that a step keeps, so that an image moves it as far."""
     return math.pow(decay, share)
-
-
-def scale_run(run: RunConfig, share: Fraction) -> None:
-    """Fits the step counts that every model has."""
-    run.max_steps = steps_for(run.max_steps, share)
-    run.save_every = steps_for(run.save_every, share)
 
 
 # ---------------------------------------------------------------------------- position

@@ -6,7 +6,6 @@ what the published recipes set otherwise. What the original's configs call a set
 declip.upstream_keys. No torch here: help texts come at once.
 """
 
-import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -272,11 +271,9 @@ def for_world(config: Config, world_size: int) -> Config:
         world_size: processes on all machines.
 
     Raises:
-        UserError: see :func:`zoo_common.elastic.share`.
+        UserError: see :func:`zoo_common.elastic.scaled`.
     """
-    share = elastic.share(config, world_size)
-    scaled = copy.deepcopy(config)
-    elastic.scale_run(scaled.run, share)
+    scaled, share = elastic.scaled(config, world_size)
     optimizer, schedule = scaled.optimizer, scaled.schedule
     optimizer.lr *= float(share)
     optimizer.peak_lr *= float(share)

@@ -1,6 +1,5 @@
 """Settings of the toy model, faults included."""
 
-import copy
 from dataclasses import dataclass
 
 from zoo_common import elastic
@@ -54,9 +53,7 @@ class Config:
 
 def for_world(config: Config, world_size: int) -> Config:
     """The settings for another number of processes."""
-    share = elastic.share(config, world_size)
-    scaled = copy.deepcopy(config)
-    elastic.scale_run(scaled.run, share)
+    scaled, share = elastic.scaled(config, world_size)
     scaled.data.steps = elastic.steps_for(config.data.steps, share)
     scaled.data.save_every = elastic.steps_for(config.data.save_every, share)
     scaled.data.per_epoch = elastic.steps_for(config.data.per_epoch, share)

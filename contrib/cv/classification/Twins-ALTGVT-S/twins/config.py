@@ -4,7 +4,6 @@ Defaults are the recipe of upstream's main.py (facts per field in its help); con
 what a published run sets otherwise. No torch here: help texts come at once.
 """
 
-import copy
 from dataclasses import dataclass
 
 from zoo_common import elastic
@@ -150,10 +149,8 @@ def for_world(config: Config, world_size: int) -> Config:
         world_size: processes on all machines.
 
     Raises:
-        UserError: see :func:`zoo_common.elastic.share`.
+        UserError: see :func:`zoo_common.elastic.scaled`.
     """
-    share = elastic.share(config, world_size)
-    scaled = copy.deepcopy(config)
-    elastic.scale_run(scaled.run, share)
+    scaled, share = elastic.scaled(config, world_size)
     scaled.optimizer.ema = elastic.average_for(config.optimizer.ema, share)
     return scaled
