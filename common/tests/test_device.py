@@ -488,3 +488,14 @@ def test_profiler_writes_a_trace_of_the_asked_steps(tmp_path: Path) -> None:
     assert trace.name.startswith("rank0.")
     events = json.loads(trace.read_text())["traceEvents"]
     assert len([e for e in events if e.get("name") == "a training step"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [("auto", (False, True)), ("on", (True, True)), ("off", (False, False))],
+)
+def test_static_shapes_are_for_accelerators_unless_asked_for(
+    setting: str, expected: tuple[bool, bool]
+) -> None:
+    kinds = (CPU, torch.device("privateuseone"))
+    assert tuple(devices.wants_static_shapes(setting, kind) for kind in kinds) == expected

@@ -69,6 +69,16 @@ def resolve(name: str = "auto", index: int | None = None) -> torch.device:
     return torch.device(kind, card)
 
 
+def wants_static_shapes(setting: str, device: torch.device) -> bool:
+    """Whether a run keeps its shapes fixed; a CPU gains nothing from it.
+
+    Args:
+        setting: ``on``, ``off``, or ``auto``: on accelerators, which compile for each shape.
+        device: that it runs on.
+    """
+    return device.type != "cpu" if setting == "auto" else setting == "on"
+
+
 def _parse(name: str) -> tuple[str, int]:
     """Splits a device name in kind and first card."""
     match = re.fullmatch(r"([a-z]+)(?::(\d{1,4}))?", name.strip().lower())

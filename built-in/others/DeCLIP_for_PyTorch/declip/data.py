@@ -37,6 +37,7 @@ from zoo_common.data import (
     kept_rng,
     seed_rng,
 )
+from zoo_common.device import wants_static_shapes
 from zoo_common.errors import UserError
 from zoo_common.images import DamagedImageError, read_image
 from zoo_common.run import Run
@@ -217,7 +218,7 @@ def open_train(
         texts,
         build_views(config),
         batch_size=settings.batch_size,
-        static=wants_static_shapes(config, run.device),
+        static=wants_static_shapes(config.model.static_shapes, run.device),
         rank=processes.rank,
         world_size=processes.world_size,
         seed=config.run.seed,
@@ -328,9 +329,3 @@ def build_eval_data(
         max_damaged=max_damaged,
         device=device,
     )
-
-
-def wants_static_shapes(config: Config, device: torch.device) -> bool:
-    """Whether a run keeps its shapes fixed; a CPU gains nothing from it."""
-    wanted = config.model.static_shapes
-    return device.type != "cpu" if wanted == "auto" else wanted == "on"

@@ -15,7 +15,7 @@ from torch import Tensor
 from declip import weights
 from declip.batch import Batch
 from declip.config import CARD_OPTIONS, Config
-from declip.data import build_eval_data, wants_static_shapes
+from declip.data import build_eval_data
 from declip.index import open_val_index
 from declip.model import CLIP, build_model, to_device
 from declip.tokenizer import Tokenizer, find_vocabulary
@@ -24,6 +24,7 @@ from zoo_common import data as zoo_data
 from zoo_common.amp import inference_autocast
 from zoo_common.config import load_config
 from zoo_common.data import BatchStream, affordable_workers
+from zoo_common.device import wants_static_shapes
 from zoo_common.distributed import sum_across
 from zoo_common.errors import UserError
 from zoo_common.run import Metric, Run, TrainState, start_run
@@ -74,7 +75,7 @@ def build_held_out(config: Config, tokenizer: Tokenizer, run: Run) -> HeldOut:
         read_prompts(config.evaluate.prompts),
         tokenizer,
         config.model.context_length,
-        static=wants_static_shapes(config, run.device),
+        static=wants_static_shapes(config.model.static_shapes, run.device),
     )
     return HeldOut(images, texts)
 

@@ -22,7 +22,6 @@ from declip.data import (
     build_eval_data,
     build_train_data,
     open_train,
-    wants_static_shapes,
 )
 from declip.eda import Eda
 from declip.index import open_index
@@ -339,17 +338,6 @@ def test_a_config_opens_files_or_shards(
     (batch,) = open_train(config, tokenizer, one_process(), total_steps=1)
     assert batch.images_VBCHW.shape[0] == batch.tokens_UBT.shape[0] == 1
     assert batch.masked is None
-
-
-def test_static_shapes_are_for_accelerators_unless_asked_for() -> None:
-    for wanted, expected in (
-        ("auto", (False, True)),
-        ("on", (True, True)),
-        ("off", (False, False)),
-    ):
-        config = load_config(Config, [f"model.static_shapes={wanted}"], CARD_OPTIONS)
-        devices = (torch.device("cpu"), torch.device("meta"))
-        assert tuple(wants_static_shapes(config, device) for device in devices) == expected
 
 
 # ---------------------------------------------------------------------------- evaluation

@@ -6,7 +6,6 @@ another run sets otherwise. What upstream's names for settings mean stands in gl
 No torch here: help texts come at once.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from zoo_common.config import (
     section,
     setting,
 )
+from zoo_common.detection.settings import DetectionData, check_sizes
 from zoo_common.errors import UserError
 from zoo_common.options import Assignment
 
@@ -115,18 +115,10 @@ class TestConfig:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(DetectionData):
     """Images, their annotations, and what is done to them."""
 
     path: str = setting("coco", "COCO directory, or sample", kind="path")
-    train_json: str = setting(
-        "annotations/instances_train2017.json", "annotations for training, from data.path"
-    )
-    train_images: str = setting("train2017", "directory of their images, from data.path")
-    val_json: str = setting(
-        "annotations/instances_val2017.json", "annotations for evaluation, from data.path"
-    )
-    val_images: str = setting("val2017", "directory of their images, from data.path")
     grounding_json: str = setting(
         "",
         "phrases with boxes (MDETR's JSON) to train on beside train_json, which may be empty then; "
@@ -136,7 +128,6 @@ class DataConfig:
         "", "directory of their images, from data.path; empty: train_images"
     )
     batch_size: int = setting(8, "images a step over all cards together", at_least=1)
-    workers: int = setting(4, "loader processes per card; 0: none", at_least=0)
     shuffle_classes: bool = setting(
         False, "class names stand in a new order in each training caption"
     )
@@ -148,24 +139,6 @@ class DataConfig:
     min_sizes: list[int] = setting(
         [480, 560, 640, 720, 800], "short sides in pixels that training resizes to", at_least=1
     )
-    max_size: int = setting(1333, "longest side in pixels in training", at_least=1)
-    min_size_test: int = setting(800, "short side in pixels in evaluation", at_least=1)
-    max_size_test: int = setting(1333, "longest side in pixels in evaluation", at_least=1)
-    flip: float = setting(0.5, "probability of a horizontal flip", at_least=0, at_most=1)
-    group_by_aspect: bool = setting(True, "wide and tall images in batches of their own")
-    keep_empty: bool = setting(False, "train on images without objects too")
-    max_damaged: int = setting(
-        10, "damaged images that each process bears before the run ends", at_least=0
-    )
-    buckets: list[list[int]] = setting(
-        [],
-        "padded sizes [height, width] under static shapes; none: derived from the sizes above",
-        at_least=1,
-    )
-    slots: int = setting(
-        0, "objects that an image may have under static shapes; 0: from the data set", at_least=0
-    )
-    size_divisibility: int = setting(32, "padded sizes are multiples of it", at_least=1)
 
 
 @dataclass
@@ -298,7 +271,7 @@ def check(config: Config, world_size: int, kind: str) -> None:
         UserError: the message names the settings.
     """
     _check_model(config.model)
-    _check_data(config.data)
+    check_sizes(config.data)
     if kind == "eval":
         return
     _check_solver(config.solver)
@@ -330,11 +303,9 @@ def for_world(config: Config, world_size: int) -> Config:
         world_size: processes on all machines.
 
     Raises:
-        UserError: see :func:`zoo_common.elastic.share` and ``batch_for`` there.
+        UserError: see :func:`zoo_common.elastic.scaled` and ``batch_for`` there.
     """
-    share = elastic.share(config, world_size)
-    scaled = copy.deepcopy(config)
-    elastic.scale_run(scaled.run, share)
+    scaled, share = elastic.scaled(config, world_size)
     scaled.data.batch_size = elastic.batch_for(config.data.batch_size, share)
     solver = scaled.solver
     solver.base_lr *= float(share)
@@ -378,22 +349,6 @@ def _check_model(model: ModelConfig) -> None:
             f"model.fusion_heads={model.fusion_heads} must divide model.fusion_width="
             f"{model.fusion_width}."
         )
-
-
-def _check_data(data: DataConfig) -> None:
-    if not data.min_sizes:
-        raise UserError("data.min_sizes is empty: name a short side at least.")
-    if data.size_divisibility % 32:
-        raise UserError(
-            f"data.size_divisibility={data.size_divisibility} must be a multiple of 32, the "
-            "largest stride of the backbone."
-        )
-    for bucket in data.buckets:
-        if len(bucket) != 2 or any(side % data.size_divisibility for side in bucket):
-            raise UserError(
-                f"data.buckets holds {bucket}: a bucket is [height, width], multiples of "
-                f"{data.size_divisibility}."
-            )
 
 
 def _check_solver(solver: SolverConfig) -> None:

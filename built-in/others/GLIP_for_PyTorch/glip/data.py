@@ -24,9 +24,11 @@ from glip.grounding import GroundingIndex, Mixture, open_grounding
 from glip.recipe import total_steps
 from zoo_common.damage import Damaged
 from zoo_common.data import BatchStream, affordable_workers, steps_per_epoch
+from zoo_common.detection import inputs
 from zoo_common.detection.batching import DetectionBatch, StaticShapes, suggest_buckets
 from zoo_common.detection.coco import CocoIndex, open_index
-from zoo_common.detection.loading import build_eval_stream, build_train_stream
+from zoo_common.detection.loading import build_train_stream
+from zoo_common.device import wants_static_shapes
 from zoo_common.errors import UserError
 from zoo_common.run import Run
 
@@ -187,8 +189,7 @@ def open_train(config: Config, encoder: TextEncoder) -> Mixture:
 
 def open_val(config: Config) -> CocoIndex:
     """The annotations to be scored against."""
-    root = Path(config.data.path)
-    return open_index(root / config.data.val_json, root / config.data.val_images)
+    return inputs.open_val(config.data)
 
 
 def open_encoder(config: Config) -> TextEncoder:
@@ -211,12 +212,6 @@ def add_captions(config: Config, source: Mixture, encoder: TextEncoder) -> AddCa
     return AddCaptions(source, encoder, classes)
 
 
-def wants_static_shapes(config: Config, device: torch.device) -> bool:
-    """Whether a run keeps its shapes fixed; a CPU gains nothing from it."""
-    wanted = config.model.static_shapes
-    return device.type != "cpu" if wanted == "auto" else wanted == "on"
-
-
 def train_stream(
     config: Config, source: Mixture, encoder: TextEncoder, run: Run
 ) -> BatchStream[Batch]:
@@ -229,7 +224,7 @@ def train_stream(
     batch_size = data.batch_size // processes.world_size
     per_epoch = steps_per_epoch(images, batch_size, processes.world_size)
     shapes = None
-    if wants_static_shapes(config, run.device):
+    if wants_static_shapes(config.model.static_shapes, run.device):
         given = tuple((height, width) for height, width in data.buckets)
         suggested = suggest_buckets(data.min_sizes, data.max_size, data.size_divisibility)
         shapes = StaticShapes(given or suggested, slots=data.slots or None)
@@ -257,21 +252,10 @@ def train_stream(
 
 def eval_stream(config: Config, index: CocoIndex, run: Run) -> BatchStream[DetectionBatch]:
     """This process's share of the held-out images; their captions are the same for all."""
-    data, processes = config.data, run.processes
-    shapes = None
-    if wants_static_shapes(config, run.device):
-        buckets = suggest_buckets([data.min_size_test], data.max_size_test, data.size_divisibility)
-        shapes = StaticShapes(buckets, slots=1)
-    return build_eval_stream(
+    return inputs.eval_stream(
+        config.data,
         index,
-        min_size=data.min_size_test,
-        max_size=data.max_size_test,
-        static=shapes,
-        divisibility=data.size_divisibility,
+        run,
         batch_size=config.evaluate.batch_size,
-        rank=processes.rank,
-        world_size=processes.world_size,
-        workers=affordable_workers(data.workers, processes.local_world_size),
-        max_damaged=data.max_damaged,
-        device=run.device,
+        static_shapes=wants_static_shapes(config.model.static_shapes, run.device),
     )

@@ -5,7 +5,6 @@ be792b95); configs/*.yaml say what a published run sets otherwise. detectron2's 
 these settings stand in rcnn.detectron2_keys. No torch here: help texts come at once.
 """
 
-import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from zoo_common.config import (
     section,
     setting,
 )
+from zoo_common.detection.settings import DetectionData, check_sizes
 from zoo_common.errors import UserError
 from zoo_common.options import Assignment
 
@@ -157,20 +157,9 @@ class MaskHeadConfig:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(DetectionData):
     """Images, their annotations, and what is done to them."""
 
-    path: str = setting("", "COCO directory, or sample", kind="path")
-    train_json: str = setting(
-        "annotations/instances_train2017.json", "annotations for training, from data.path"
-    )
-    train_images: str = setting("train2017", "directory of their images, from data.path")
-    val_json: str = setting(
-        "annotations/instances_val2017.json", "annotations for evaluation, from data.path"
-    )
-    val_images: str = setting("val2017", "directory of their images, from data.path")
-    batch_size: int = setting(16, "images a step over all cards together", at_least=1)
-    workers: int = setting(4, "loader processes per card; 0: none", at_least=0)
     min_sizes: list[int] = setting(
         [640, 672, 704, 736, 768, 800], "short sides in pixels that training resizes to", at_least=1
     )
@@ -179,24 +168,6 @@ class DataConfig:
         "choice: one of min_sizes; range: any side between its two",
         choices=("choice", "range"),
     )
-    max_size: int = setting(1333, "longest side in pixels in training", at_least=1)
-    min_size_test: int = setting(800, "short side in pixels in evaluation", at_least=1)
-    max_size_test: int = setting(1333, "longest side in pixels in evaluation", at_least=1)
-    flip: float = setting(0.5, "probability of a horizontal flip", at_least=0, at_most=1)
-    group_by_aspect: bool = setting(True, "wide and tall images in batches of their own")
-    keep_empty: bool = setting(False, "train on images without objects too")
-    max_damaged: int = setting(
-        10, "damaged images that each process bears before the run ends", at_least=0
-    )
-    buckets: list[list[int]] = setting(
-        [],
-        "padded sizes [height, width] under static shapes; none: derived from the sizes above",
-        at_least=1,
-    )
-    slots: int = setting(
-        0, "objects that an image may have under static shapes; 0: from the data set", at_least=0
-    )
-    size_divisibility: int = setting(32, "padded sizes are multiples of it", at_least=1)
 
 
 @dataclass
@@ -326,11 +297,9 @@ def for_world(config: Config, world_size: int) -> Config:
         world_size: processes on all machines.
 
     Raises:
-        UserError: see :func:`zoo_common.elastic.share` and ``batch_for`` there.
+        UserError: see :func:`zoo_common.elastic.scaled` and ``batch_for`` there.
     """
-    share = elastic.share(config, world_size)
-    scaled = copy.deepcopy(config)
-    elastic.scale_run(scaled.run, share)
+    scaled, share = elastic.scaled(config, world_size)
     scaled.data.batch_size = elastic.batch_for(config.data.batch_size, share)
     solver = scaled.solver
     solver.base_lr *= float(share)
@@ -395,8 +364,7 @@ def _check_groups(config: Config) -> None:
 
 
 def _check_data(data: DataConfig) -> None:
-    if not data.min_sizes:
-        raise UserError("data.min_sizes is empty: name a short side at least.")
+    check_sizes(data)
     if data.size_sampling == "range" and (
         len(data.min_sizes) != 2 or data.min_sizes[0] > data.min_sizes[1]
     ):
@@ -404,17 +372,6 @@ def _check_data(data: DataConfig) -> None:
             "data.size_sampling=range needs the smallest and the largest of data.min_sizes, "
             f"but they are {data.min_sizes}."
         )
-    if data.size_divisibility % 32:
-        raise UserError(
-            f"data.size_divisibility={data.size_divisibility} must be a multiple of 32, the "
-            "largest stride of the ResNet."
-        )
-    for bucket in data.buckets:
-        if len(bucket) != 2 or any(side % data.size_divisibility for side in bucket):
-            raise UserError(
-                f"data.buckets holds {bucket}: a bucket is [height, width], multiples of "
-                f"{data.size_divisibility}."
-            )
 
 
 def _check_start(config: Config) -> None:

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import torch
-
 from rcnn.config import Config
 from zoo_common.data import BatchStream, affordable_workers
+from zoo_common.detection import inputs
 from zoo_common.detection.batching import (
     DetectionBatch,
     StaticShapes,
@@ -13,7 +12,8 @@ from zoo_common.detection.batching import (
     suggest_buckets,
 )
 from zoo_common.detection.coco import CocoIndex, open_index
-from zoo_common.detection.loading import build_eval_stream, build_train_stream
+from zoo_common.detection.loading import build_train_stream
+from zoo_common.device import wants_static_shapes
 from zoo_common.run import Run
 
 
@@ -27,14 +27,7 @@ def open_train(config: Config) -> CocoIndex:
 
 def open_val(config: Config) -> CocoIndex:
     """The annotations to be scored against."""
-    root = Path(config.data.path)
-    return open_index(root / config.data.val_json, root / config.data.val_images)
-
-
-def wants_static_shapes(config: Config, device: torch.device) -> bool:
-    """Whether a run keeps its shapes fixed; a CPU gains nothing from it."""
-    wanted = config.model.static_shapes
-    return device.type != "cpu" if wanted == "auto" else wanted == "on"
+    return inputs.open_val(config.data)
 
 
 def train_stream(
@@ -43,7 +36,7 @@ def train_stream(
     """This process's training batches, to the last step of the run."""
     data, processes = config.data, run.processes
     shapes = None
-    if wants_static_shapes(config, run.device):
+    if wants_static_shapes(config.model.static_shapes, run.device):
         given = tuple((height, width) for height, width in data.buckets)
         suggested = suggest_buckets(data.min_sizes, data.max_size, data.size_divisibility)
         edge_slots = StaticShapes.edge_slots
@@ -74,21 +67,10 @@ def train_stream(
 
 def eval_stream(config: Config, index: CocoIndex, run: Run) -> BatchStream[DetectionBatch]:
     """This process's share of the held-out images."""
-    data, processes = config.data, run.processes
-    shapes = None
-    if wants_static_shapes(config, run.device):
-        buckets = suggest_buckets([data.min_size_test], data.max_size_test, data.size_divisibility)
-        shapes = StaticShapes(buckets, slots=1)
-    return build_eval_stream(
+    return inputs.eval_stream(
+        config.data,
         index,
-        min_size=data.min_size_test,
-        max_size=data.max_size_test,
-        static=shapes,
-        divisibility=data.size_divisibility,
+        run,
         batch_size=config.evaluate.batch_size,
-        rank=processes.rank,
-        world_size=processes.world_size,
-        workers=affordable_workers(data.workers, processes.local_world_size),
-        max_damaged=data.max_damaged,
-        device=run.device,
+        static_shapes=wants_static_shapes(config.model.static_shapes, run.device),
     )

@@ -22,6 +22,7 @@ from zoo_common.detection.batching import DetectionBatch
 from zoo_common.detection.classes import check_classes, check_objects
 from zoo_common.detection.coco import CocoIndex
 from zoo_common.detection.coco_eval import CocoEvaluator, check_outlines
+from zoo_common.device import wants_static_shapes
 from zoo_common.distributed import sum_across
 from zoo_common.errors import UserError
 from zoo_common.run import Metric, Run, TrainState, start_run
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config.model.masks:
             check_outlines(index)
         run.say(index.describe())
-        static_shapes = data.wants_static_shapes(config, run.device)
+        static_shapes = wants_static_shapes(config.model.static_shapes, run.device)
         model = build_model(config, len(index.classes), static_shapes=static_shapes)
         path = Path(config.weights.checkpoint)
         run.say(weights.load_for_evaluation(model, path, config.model))

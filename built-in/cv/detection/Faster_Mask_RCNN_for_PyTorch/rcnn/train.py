@@ -27,6 +27,7 @@ from zoo_common.detection.classes import (
 )
 from zoo_common.detection.coco import CocoIndex
 from zoo_common.detection.coco_eval import check_outlines
+from zoo_common.device import wants_static_shapes
 from zoo_common.distributed import wrap
 from zoo_common.run import Run, TrainState, start_run
 
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         total_steps = min(solver.max_iter, config.run.max_steps or solver.max_iter)
         train_data = data.train_stream(config, index, run, total_steps)
 
-        static_shapes = data.wants_static_shapes(config, run.device)
+        static_shapes = wants_static_shapes(config.model.static_shapes, run.device)
         model = build_model(config, len(classes), static_shapes=static_shapes)
         model = to_device(model, run.device)
         load_start(model, config, run)

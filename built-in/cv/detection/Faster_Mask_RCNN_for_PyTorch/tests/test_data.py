@@ -102,13 +102,6 @@ def test_an_outline_of_more_edges_than_any_slot_gets_one(coco: Path) -> None:
     assert {shape[3] for shape in shapes_of(batches)} == {64, 8192}
 
 
-def test_static_shapes_are_for_accelerators_unless_said_otherwise(coco: Path) -> None:
-    config, npu, cpu = settings(coco), torch.device("privateuseone"), torch.device("cpu")
-    assert data.wants_static_shapes(config, npu) and not data.wants_static_shapes(config, cpu)
-    config.model.static_shapes = "off"
-    assert not data.wants_static_shapes(config, npu)
-
-
 def test_faster_rcnn_takes_objects_without_an_outline(coco: Path) -> None:
     boxes = [annotation(15, 3, (5, 5, 20, 20)) | {"segmentation": [], "id": 1}]
     edit(coco, "train", lambda content: content.update(annotations=boxes))

@@ -12,9 +12,11 @@ from solov2.config import Config, HeadConfig
 from solov2.targets import Targets, prepare
 from zoo_common.damage import Damaged
 from zoo_common.data import BatchStream, affordable_workers, steps_per_epoch
+from zoo_common.detection import inputs
 from zoo_common.detection.batching import DetectionBatch, StaticShapes, suggest_buckets
 from zoo_common.detection.coco import CocoIndex, open_index
-from zoo_common.detection.loading import build_eval_stream, build_train_stream
+from zoo_common.detection.loading import build_train_stream
+from zoo_common.device import wants_static_shapes
 from zoo_common.run import Run
 
 
@@ -67,14 +69,7 @@ def open_train(config: Config) -> CocoIndex:
 
 def open_val(config: Config) -> CocoIndex:
     """The annotations to be scored against."""
-    root = Path(config.data.path)
-    return open_index(root / config.data.val_json, root / config.data.val_images)
-
-
-def wants_static_shapes(config: Config, device: torch.device) -> bool:
-    """Whether a run keeps its shapes fixed; a CPU gains nothing from it."""
-    wanted = config.model.static_shapes
-    return device.type != "cpu" if wanted == "auto" else wanted == "on"
+    return inputs.open_val(config.data)
 
 
 def total_steps(config: Config, per_epoch: int) -> int:
@@ -98,7 +93,7 @@ def train_stream(config: Config, index: CocoIndex, run: Run) -> BatchStream[Batc
     data, processes = config.data, run.processes
     images = len(index) if data.keep_empty else len(index.trainable())
     per_epoch = steps_per_epoch(images, data.batch_size, processes.world_size)
-    static = wants_static_shapes(config, run.device)
+    static = wants_static_shapes(config.model.static_shapes, run.device)
     shapes = None
     if static:
         given = tuple((height, width) for height, width in data.buckets)
@@ -135,22 +130,11 @@ def with_targets(detection: DetectionBatch, *, head: HeadConfig, static: bool) -
 
 def eval_stream(config: Config, index: CocoIndex, run: Run) -> BatchStream[Batch]:
     """This process's share of the held-out images."""
-    data, processes = config.data, run.processes
-    shapes = None
-    if wants_static_shapes(config, run.device):
-        buckets = suggest_buckets([data.min_size_test], data.max_size_test, data.size_divisibility)
-        shapes = StaticShapes(buckets, slots=1)
-    return build_eval_stream(
+    return inputs.eval_stream(
+        config.data,
         index,
-        min_size=data.min_size_test,
-        max_size=data.max_size_test,
-        static=shapes,
-        divisibility=data.size_divisibility,
-        finish=Batch,
+        run,
         batch_size=config.evaluate.batch_size,
-        rank=processes.rank,
-        world_size=processes.world_size,
-        workers=affordable_workers(data.workers, processes.local_world_size),
-        max_damaged=data.max_damaged,
-        device=run.device,
+        static_shapes=wants_static_shapes(config.model.static_shapes, run.device),
+        finish=Batch,
     )

@@ -181,13 +181,6 @@ def test_static_shapes_take_sizes_and_slots_from_config_and_data(coco: Path) -> 
         train_batches(settings(coco, *static, "data.slots=1"))
 
 
-def test_static_shapes_are_for_accelerators_unless_said_otherwise(coco: Path) -> None:
-    config, npu, cpu = settings(coco), torch.device("privateuseone"), torch.device("cpu")
-    assert data.wants_static_shapes(config, npu) and not data.wants_static_shapes(config, cpu)
-    config.model.static_shapes = "off"
-    assert not data.wants_static_shapes(config, npu)
-
-
 CAPTION = {"id": 1, "image_id": 5, "caption": "A cat."}
 OWL = {"id": 9, "name": "owl"}
 LOST = {"id": 999, "file_name": "lost.jpg", "height": 64, "width": 80}
