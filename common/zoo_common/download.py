@@ -60,9 +60,12 @@ class _DiskError(Exception):
 
 @dataclass
 class _Notes:
-    """What is known of a part: where it comes from, and what shows that this is unchanged."""
+    """What is known of a part: a hash of its address, and what shows that it is unchanged.
 
-    url: str
+    The address itself may hold a token, and a part may lie about for long.
+    """
+
+    source: str
     validator: str = ""
     total: int = 0
 
@@ -296,11 +299,14 @@ class _Transfer:
         timeout_s: float,
     ) -> None:
         self.timeout_s = timeout_s
+        self._url = url
         self._stream, self._sidecar, self._progress = stream, sidecar, progress
         self.size = stream.seek(0, os.SEEK_END)
         self.notes = _read_notes(sidecar)
-        if self.notes.url != url or not self.notes.validator or self.size > self.notes.total > 0:
-            self.notes = _Notes(url)
+        source = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
+        known = self.notes.source == source and self.notes.validator
+        if not known or self.size > self.notes.total > 0:
+            self.notes = _Notes(source)
             self.start_over()
         self.whole = 0 < self.notes.total == self.size
 
@@ -321,7 +327,7 @@ class _Transfer:
         if self.size:
             headers["Range"] = f"bytes={self.size}-"
             headers["If-Range"] = self.notes.validator
-        address = urllib.parse.quote(self.notes.url, safe=string.punctuation)
+        address = urllib.parse.quote(self._url, safe=string.punctuation)
         request = urllib.request.Request(address, headers=headers)
         opener = urllib.request.build_opener()  # with the proxies that are set now
         with opener.open(request, timeout=self.timeout_s) as response:
@@ -369,7 +375,7 @@ def _read_notes(sidecar: Path) -> _Notes:
     """What an earlier try wrote down; nothing if there was none or it was cut off."""
     try:
         content = json.loads(sidecar.read_text(encoding="utf-8"))
-        return _Notes(str(content["url"]), str(content["validator"]), int(content["total"]))
+        return _Notes(str(content["source"]), str(content["validator"]), int(content["total"]))
     except (FileNotFoundError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
         return _Notes("")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import hashlib
 import http.client
 import io
 import json
@@ -103,7 +104,7 @@ def test_answers_of_servers(amount: int, tmp_path: Path) -> None:
         st.binary(max_size=12),
         st.sampled_from(["", "", "", "break", "timeout", "http"]),
     )
-    note = {"url": url, "validator": '"tag"', "total": 5}
+    note = {"source": hashlib.sha256(url.encode()).hexdigest(), "validator": '"tag"', "total": 5}
     left = st.none() | st.tuples(st.binary(max_size=8), spoiled_json([note]))
 
     def read_answers(given: tuple[Any, list[Any]]) -> None:
