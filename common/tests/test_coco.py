@@ -373,6 +373,7 @@ BAD_FILES: dict[str, tuple[str | Json | list[Json], str]] = {
     "no images": (data_set() | {"images": []}, "lists no images"),
     "no bbox": (data_set(thing(17, bbox=None)), "id 17 of its annotations .*`bbox`"),
     "a short bbox": (data_set(thing(17, bbox=[1, 2, 3])), "id 17 of its annotations .*length 4"),
+    "a huge bbox": (data_set(thing(17, bbox=[1, 2, 1e308, 3])), "Annotation 17 .*than any picture"),
     "no id": (data_set(thing(), thing(17, id=None)), "number 2 of its annotations .*`id`"),
     "no size": (data_set(images=[image(5) | {"height": 0}]), "id 5 of its images .*>= 1"),
     "annotations of a kind": (data_set() | {"annotations": {}}, "its annotations are no list"),

@@ -242,6 +242,26 @@ def test_what_has_no_objects_has_no_metric() -> None:
         add_all(CocoEvaluator(truth), DETECTIONS).summarize()
 
 
+@pytest.mark.parametrize("given", [{"area": None}, {}])
+def test_an_absent_area_is_the_boxs(given: dict[str, None]) -> None:
+    truth, boxes = copy.deepcopy(TRUTH), copy.deepcopy(TRUTH)
+    for annotation, other in zip(truth["annotations"], boxes["annotations"], strict=True):
+        del annotation["area"]
+        annotation |= given
+        other["area"] = other["bbox"][2] * other["bbox"][3]
+    right = add_all(CocoEvaluator(boxes), DETECTIONS).summarize()
+    assert add_all(CocoEvaluator(truth), DETECTIONS).summarize() == right
+
+
+@pytest.mark.parametrize("odd", [{"area": "much"}, {"bbox": [1, 2, "three", 4]}, {"area": []}])
+def test_numbers_that_are_none_are_told(odd: dict[str, object]) -> None:
+    truth = copy.deepcopy(TRUTH)
+    truth["annotations"][3] |= odd
+    number = truth["annotations"][3]["id"]
+    with pytest.raises(UserError, match=f"Annotation {number} has a box or an area of no numbers"):
+        add_all(CocoEvaluator(truth), DETECTIONS).summarize()
+
+
 def test_annotation_ids_do_not_matter() -> None:
     """To pycocotools an object with id 0 is never found."""
     truth = copy.deepcopy(TRUTH)

@@ -28,7 +28,7 @@ from pycocotools import mask as mask_utils
 from zoo_common import distributed
 from zoo_common.detection import coco_json
 from zoo_common.detection.coco import FAR, CocoIndex
-from zoo_common.errors import TrainingError, UserError
+from zoo_common.errors import TrainingError, UserError, one_line
 from zoo_common.flaky import read_bytes
 
 Kind = Literal["bbox", "segm"]
@@ -383,8 +383,7 @@ class CocoEvaluator:
             rle = None
             if "segm" in self._kinds:
                 rle = _mask_of(annotation, *self._sizes[position])
-            box = [float(number) for number in annotation["bbox"]]
-            area = float(annotation.get("area", box[2] * box[3]))
+            box, area = _box_and_area(annotation)
             crowd = bool(annotation.get("iscrowd", 0))
             objects[label].append(_Object(position, box, area, crowd, rle))
         return objects
@@ -454,7 +453,8 @@ def _read_json(path: Path) -> Mapping[str, Any]:
         ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"The annotations {path} are no JSON ({error}): copy or download the file again."
+            f"The annotations {path} are no JSON ({one_line(error)}): copy or download the file "
+            "again."
         ) from error
     if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= set(content):
         raise UserError(
@@ -488,6 +488,23 @@ def _describe(
     return images, sorted(names), [names[category_id] for category_id in sorted(names)]
 
 
+def _box_and_area(annotation: Mapping[str, Any]) -> tuple[list[float], float]:
+    """As the annotation says; without an area it is the box's.
+
+    Raises:
+        UserError: they are no numbers.
+    """
+    area = annotation.get("area")
+    try:
+        box = [float(number) for number in annotation["bbox"]]
+        return box, box[2] * box[3] if area is None else float(area)
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise UserError(
+            f"Annotation {annotation.get('id')!r:.60} has a box or an area of no numbers "
+            f"({one_line(error)}): correct the annotations."
+        ) from error
+
+
 def _mask_of(annotation: Mapping[str, Any], height: int, width: int) -> Mapping[str, Any] | None:
     """The compressed RLE of an annotation, made as pycocotools does; None without an outline.
 
@@ -511,8 +528,8 @@ def _mask_of(annotation: Mapping[str, Any], height: int, width: int) -> Mapping[
             _check_runs(_as_bytes(rle["counts"]), height * width)
     except Exception as error:  # pycocotools raises bare ones
         raise UserError(
-            f"The segmentation of annotation {annotation.get('id')} cannot be used ({error}): "
-            "correct the annotations."
+            f"The segmentation of annotation {annotation.get('id')} cannot be used "
+            f"({one_line(error)}): correct the annotations."
         ) from error
     return {"size": [height, width], "counts": _as_bytes(rle["counts"])}
 

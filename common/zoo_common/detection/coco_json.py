@@ -31,6 +31,7 @@ NO_SEGMENTATION, POLYGONS, RUNS = 0, 1, 2
 
 # Two values that are rounded to hundredths may add up to that much more than the image's side.
 _ROUNDING = 0.02
+_LARGEST_BOX = 1e9  # pixels; far below what overflows in areas and in float32
 _RLES_AT_ONCE = 256
 _SHOWN = 60
 
@@ -158,10 +159,18 @@ def _images(images: Sequence[_Image], image_ids: NDArray[np.int64]) -> Arrays:
 def _objects(file: _File, category_ids: NDArray[np.int64], path: Path) -> Arrays:
     """What each annotation says itself: ``ids``, ``labels``, ``boxes`` (N, 4), ``areas``, ..."""
     items = file.annotations
+    boxes_N4 = np.array([item.bbox for item in items], np.float64).reshape(-1, 4)
+    huge_N = (np.abs(boxes_N4) > _LARGEST_BOX).any(axis=1)
+    if huge_N.any():
+        item = items[int(huge_N.argmax())]
+        raise UserError(
+            f"Annotation {item.id} of {path} has the box {list(item.bbox)}, larger than any "
+            "picture; mend or remove it."
+        )
     return {
         "ids": np.array([item.id for item in items], np.int64),
         "labels": _lookup(file, "category_id", category_ids, path).astype(np.int32),
-        "boxes": np.array([item.bbox for item in items], np.float64).reshape(-1, 4),
+        "boxes": boxes_N4,
         "areas": np.array(
             [np.nan if item.area is None else item.area for item in items], np.float64
         ),
