@@ -7,6 +7,11 @@ import pytest
 # Tests import torch before zoo_common does; see zoo_common/__init__.py for why this is off.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
+# Helpers whose assertions shall tell what they compared, as those of tests do.
+pytest.register_assert_rewrite(
+    "detector_runs", "predict_runs", "config_checks", "rank_runs", "script_runs"
+)
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips what this machine cannot run: a test for more cards, or for the simulated NPU."""

@@ -1,7 +1,6 @@
 """Configs, the card's options and the original's config files, and what is said of wrong ones."""
 
 import copy
-import dataclasses
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from config_checks import put, settings_of
 
 from declip.config import CARD_OPTIONS, Config, check, config_from_upstream
 from zoo_common import runs
@@ -147,24 +147,8 @@ OF_THE_RUN = ("data.path", "data.workers", "precision.opt_level", "schedule.save
 def changed(**entries: Any) -> dict[str, Any]:
     """The original's config with other entries, by dotted names; None removes one."""
     cfg = copy.deepcopy(UPSTREAM)
-    for name, value in entries.items():
-        *parents, leaf = name.split(".")
-        holder = cfg
-        for parent in parents:
-            holder = holder.setdefault(parent, {})
-        if value is None:
-            holder.pop(leaf, None)
-        else:
-            holder[leaf] = value
+    put(cfg, entries)
     return cfg
-
-
-def settings(config: Config) -> dict[str, Any]:
-    return {
-        f"{section}.{name}": value
-        for section, fields in dataclasses.asdict(config).items()
-        for name, value in fields.items()
-    }
 
 
 def config_of(*words: str) -> Config:
@@ -223,7 +207,7 @@ def test_the_smoke_recipes_differ_in_the_objective_alone() -> None:
 )
 def test_words_of_card_and_original_have_their_meaning(words: str, wanted: dict[str, Any]) -> None:
     config = config_of(*words.split())
-    assert settings(config) == settings(Config()) | wanted
+    assert settings_of(config) == settings_of(Config()) | wanted
 
 
 def test_evaluate_of_the_original_names_the_script_instead() -> None:
@@ -295,8 +279,8 @@ def test_fewer_processes_than_share_a_norm_are_one_group() -> None:
 def test_the_originals_files_mean_our_recipes(recipe: str, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(changed(**RECIPES[recipe]), sort_keys=False))
-    theirs = settings(config_of(f"--config={file}"))
-    ours = settings(config_of(f"--config={MODEL / 'configs' / recipe}.yaml"))
+    theirs = settings_of(config_of(f"--config={file}"))
+    ours = settings_of(config_of(f"--config={MODEL / 'configs' / recipe}.yaml"))
     assert (theirs["run.log_every"], theirs["evaluate.every"]) == (100, 2000)
     assert (theirs["data.workers"], theirs["schedule.save_every"]) == (
         5 if recipe[:5] == "clip_" else 7,

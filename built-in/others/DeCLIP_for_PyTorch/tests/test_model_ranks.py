@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from rank_runs import Trained, assert_trained_alike, checksums, run_ranks
 
 from declip.batch import Batch
 from declip.model import CLIP, build_model
@@ -32,11 +29,10 @@ DEVICE = device.resolve(
 )
 # HCCL adds up no float64.
 DTYPE, TOLERANCE = (torch.float32, 1e-4) if DEVICE.type == "npu" else (torch.float64, 1e-9)
-MODEL_DIR = Path(__file__).resolve().parents[1]
 STEPS, IMAGES = 2, 6
 
 
-def train(tower: str, ranks: int, rank: int) -> dict[str, list[float] | float]:
+def train(tower: str, ranks: int, rank: int) -> Trained:
     """Trains on this rank's part of the batches; the losses and a number for each tensor."""
     config = narrow_config(tower)
     config.model.objective, config.model.sync_batch_norm = "clip", 0
@@ -59,14 +55,7 @@ def train(tower: str, ranks: int, rank: int) -> dict[str, list[float] | float]:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    weights = torch.arange(1, 8, device=DEVICE, dtype=DTYPE)
-
-    def number(value: Tensor) -> float:
-        """Changes with each entry, and with their order."""
-        flat = value.detach().to(DTYPE).flatten()
-        return float((flat * weights.repeat(len(flat) // 7 + 1)[: len(flat)]).sum())
-
-    return {"losses": losses} | {name: number(value) for name, value in model.state_dict().items()}
+    return {"losses": losses} | checksums(model, DTYPE)
 
 
 def _part(batch: Batch, ranks: int, rank: int) -> Batch:
@@ -88,52 +77,19 @@ def run_rank() -> None:
 
 
 @pytest.fixture(scope="module")
-def in_two_processes() -> list[dict[str, dict[str, list[float] | float]]]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    variables = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(MODEL_DIR), os.environ.get("PYTHONPATH")))),
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve())],
-            env={**os.environ, **variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for process, (_, errors) in zip(started, outputs, strict=True):
-        assert process.returncode == 0, errors
-    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+def in_two_processes() -> list[dict[str, Trained]]:
+    return run_ranks(Path(__file__))
 
 
 @pytest.mark.cards(2)
 @pytest.mark.parametrize("tower", TOWERS)
 def test_two_processes_are_one_with_the_whole_batch(
-    tower: str, in_two_processes: list[dict[str, dict[str, list[float] | float]]]
+    tower: str, in_two_processes: list[dict[str, Trained]]
 ) -> None:
-    first, second = (found[tower] for found in in_two_processes)
     whole = train(tower, ranks=1, rank=0)
-    halves = zip(first.pop("losses"), second.pop("losses"), strict=True)
-    losses = whole.pop("losses")
-    assert [(a + b) / 2 for a, b in halves] == pytest.approx(losses, rel=TOLERANCE)
-    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
-    for name, value in whole.items():
-        assert first[name] == second[name], name
-        assert first[name] == pytest.approx(value, rel=TOLERANCE, abs=TOLERANCE), name
+    assert_trained_alike([found[tower] for found in in_two_processes], whole, TOLERANCE)
+    first, second = whole["losses"]
+    assert first != pytest.approx(second, rel=1e-3)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """A narrow network, and the scripts of test/ as a user starts them."""
 
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
-from detector_runs import DEVICE, run_command, run_script
+from detector_runs import DEVICE, run_script
 
 MODEL = Path(__file__).resolve().parents[1]
 BERT = MODEL / "tests" / "fixtures" / "bert_tiny"
@@ -53,7 +52,3 @@ def script(
 ) -> subprocess.CompletedProcess[str]:
     """Runs a script of test/ to its end; ``more`` is added to the environment."""
     return run_script(MODEL, run, *words, cwd=cwd, **more)
-
-
-def predict(*words: str | Path, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    return run_command([sys.executable, "-m", "glip.predict", *words], cwd, **more)

@@ -1,11 +1,10 @@
 """A narrow network, and the scripts of test/ as a user starts them."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import yaml
-from detector_runs import DEVICE, run_command, run_script
+from detector_runs import DEVICE, run_script
 
 MODEL = Path(__file__).resolve().parents[1]
 
@@ -55,7 +54,3 @@ def script(
 ) -> subprocess.CompletedProcess[str]:
     """Runs a script of test/ to its end; ``more`` is added to the environment."""
     return run_script(MODEL, run, *words, cwd=cwd, **more)
-
-
-def predict(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return run_command([sys.executable, "-m", "rcnn.predict", *words], cwd)
