@@ -1,7 +1,5 @@
 """The settings of a detector's data."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from zoo_common.config import setting
