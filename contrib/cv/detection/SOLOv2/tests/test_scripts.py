@@ -1,42 +1,48 @@
 """The scripts of test/ as a user starts them: good runs, bad input, odd data."""
 
 import math
-import os
-import pickle
 import shutil
-import socket
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from detector_runs import (
-    ABSENT,
-    DEVICE,
     JSON,
-    Answer,
     Case,
     annotation,
-    assert_refused,
-    assert_same_weights,
     detections_of,
     draw_coco,
     edit,
     lines_of,
     losses_of,
-    report_of,
     result_of,
-    run_cases,
-    run_command,
     snapshot,
     weights_of,
+)
+from script_runs import (
+    ScriptContract,
+    assert_full_disk_keeps_the_checkpoint,
+    assert_performance_only,
+    assert_same_detections,
+    assert_same_run,
+    coco_bad_input,
+    draw_bad_coco,
+    log_of,
+    run_successfully,
+    shared_bad_input,
+    write_bad_weights,
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from solo_runs import MODEL, script, write_recipe, write_resnet
 
+succeed = partial(run_successfully, MODEL)
+
 NETWORK = "SOLOv2"
+CHANCE = {"mask_AP50": 2}  # percent
 
 
 @pytest.fixture(scope="module")
@@ -63,24 +69,12 @@ def home(coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(recipe: str, home: Path) -> Path:
     """The output of a whole run by the card's command."""
     words = [recipe, "--data_path=./data/coco", "--pretrained=resnet50.pth", "--output_dir=my out"]
-    done = script("train_full_1p", *words, cwd=home)
-    assert done.returncode == 0, done.stderr
+    done = succeed("train_full_1p", *words, cwd=home)
     assert "Final Train Accuracy : " in done.stdout
     return home / "my out"
 
 
-def log_of(output: Path) -> str:
-    return (output / "train_0.log").read_text()
-
-
 # ---------------------------------------------------------------------------- good runs
-
-
-def test_the_smoke_run_scores_nothing_before_it_has_learned(tmp_path: Path) -> None:
-    words = [f"--device={DEVICE}", "--max_steps=1", "--output_dir=out"]
-    done = script("train_smoke_1p", *words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert result_of(tmp_path / "out")["metrics"]["mask_AP50"] < 2
 
 
 def test_a_run_records_what_it_did(trained: Path) -> None:
@@ -110,61 +104,28 @@ def test_a_run_saves_by_epochs_and_starts_from_the_cards_weights(trained: Path) 
         torch.testing.assert_close(weights[f"backbone.{name}"], start[name], rtol=0, atol=0.05)
 
 
-def test_the_report_has_the_names_and_keys_of_the_original(trained: Path) -> None:
-    case = f"{NETWORK}_bs2_1p_acc"
-    rows = report_of(trained, case)
-    assert list(rows) == [
-        "Network",
-        "RankSize",
-        "BatchSize",
-        "DeviceType",
-        "CaseName",
-        "ActualFPS",
-        "TrainingTime",
-        "TrainAccuracy",
-        "ActualLoss",
-        "E2ETrainingTime",
-        "Status",
-    ]
-    assert (rows["Network"], rows["BatchSize"], rows["CaseName"]) == (NETWORK, "2", case)
-    score = result_of(trained)["metric"]["value"]
-    assert float(rows["TrainAccuracy"]) == pytest.approx(score, 1e-3)
-    losses = (trained / f"train_{case}_loss.txt").read_text().split()
-    assert [float(loss) for loss in losses] == pytest.approx(losses_of(trained), abs=1e-5)
-    assert (trained / f"train_{case}_fps.log").is_file()
-
-
 @pytest.mark.cards(2)
 def test_two_processes_end_with_the_same_weights_and_share_the_evaluation(
     recipe: str, coco: Path, tmp_path: Path
 ) -> None:
     """Each rank evaluates its own images with its own weights, so these must be the same."""
     words = [recipe, f"--data_path={coco}", "model.static_shapes=on"]
-    done = script("train_smoke_2p", *words, "--batch_size=1", "--output_dir=two", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    succeed("train_smoke_2p", *words, "--batch_size=1", "--output_dir=two", cwd=tmp_path)
     result = result_of(tmp_path / "two")
     assert (result["world_size"], result["batch_size"], result["global_batch"]) == (2, 1, 2)
     assert (result["steps"], result["epochs"]) == (6, 2)
     last = f"--checkpoint={tmp_path}/two/checkpoints/last.pth"
-    done = script("train_eval_8p", *words, last, "--processes=1", "--output_dir=one", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert len(detections_of(tmp_path / "two")) > 4
-    assert detections_of(tmp_path / "one") == detections_of(tmp_path / "two")
-    assert result_of(tmp_path / "one")["metrics"] == result["metrics"]
+    succeed("train_eval_8p", *words, last, "--processes=1", "--output_dir=one", cwd=tmp_path)
+    assert_same_detections(tmp_path / "two", tmp_path / "one")
     assert (tmp_path / "one" / f"{NETWORK}_bs1_1p_eval.log").is_file()
 
 
 def test_a_run_goes_on_to_the_same_numbers(recipe: str, home: Path, trained: Path) -> None:
     """From the middle of an epoch; and the data path may be the directory above, as ./data."""
     words = [recipe, "--data_path=./data", "--pretrained=resnet50.pth", "--output_dir=in two"]
-    half = script("train_full_1p", *words, "--max_steps=2", "evaluate.at_end=false", cwd=home)
-    assert half.returncode == 0, half.stderr
-    rest = script("train_full_1p", *words, "--resume", cwd=home)
-    assert rest.returncode == 0, rest.stderr
-    assert losses_of(home / "in two") == losses_of(trained)
-    last = Path("checkpoints") / "last.pth"
-    assert_same_weights(home / "in two" / last, trained / last)
-    assert result_of(home / "in two")["metrics"] == result_of(trained)["metrics"]
+    succeed("train_full_1p", *words, "--max_steps=2", "evaluate.at_end=false", cwd=home)
+    succeed("train_full_1p", *words, "--resume", cwd=home)
+    assert_same_run(home / "in two", trained)
 
 
 def test_the_options_of_the_card_reach_the_run(recipe: str, home: Path) -> None:
@@ -172,8 +133,7 @@ def test_the_options_of_the_card_reach_the_run(recipe: str, home: Path) -> None:
     words = [recipe, "--data_root", "./data", "--gpu-ids", "0", "--seed", "3"]
     words += ["--total_epochs", "1", "--autoscale-lr", "--train_performance=0"]
     words += ["--opt-level", "O1", "precision.accumulate=2", "--output_dir=options"]
-    done = script("train_performance_1p", *words, cwd=home)
-    assert done.returncode == 0, done.stderr
+    succeed("train_performance_1p", *words, cwd=home)
     output = home / "options"
     result = result_of(output)
     assert (result["steps"], result["seed"]) == (3, 3)
@@ -195,11 +155,8 @@ def test_the_options_of_the_card_reach_the_run(recipe: str, home: Path) -> None:
 def test_a_performance_run_is_part_of_an_epoch_and_has_no_score(
     run: str, words: list[str], steps: int, recipe: str, coco: Path, tmp_path: Path
 ) -> None:
-    done = script(run, recipe, f"--data_path={coco}", *words, "--output_dir=out", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "Final Performance images/sec : " in done.stdout
-    result = result_of(tmp_path / "out")
-    assert (result["steps"], result["metric"], result["metrics"]) == (steps, None, {})
+    done = succeed(run, recipe, f"--data_path={coco}", *words, "--output_dir=out", cwd=tmp_path)
+    assert_performance_only(done, tmp_path / "out", steps=steps)
     assert "no start weights" in log_of(tmp_path / "out")
     kind = "perf" if "performance" in run else "acc"
     assert (tmp_path / "out" / f"{NETWORK}_bs2_1p_{kind}.log").is_file()
@@ -216,8 +173,7 @@ def test_fine_tuning_starts_from_a_checkpoint_with_other_classes(
     words += ["data.val_json=labels/instances_val2017.json", "data.val_images=held out"]
     start = trained / "checkpoints" / "best.pth"
     more = [f"--pretrained={start}", "solver.base_lr=1e-9", "--max_steps=1", "--output_dir=out"]
-    done = script("train_finetune_1p", *words, *more, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    succeed("train_finetune_1p", *words, *more, cwd=tmp_path)
     log = log_of(tmp_path / "out")
     assert "the file has 2 classes, the model 3" in log
     assert "bbox_head.solo_cate.weight" in log
@@ -229,8 +185,7 @@ def test_fine_tuning_starts_from_a_checkpoint_with_other_classes(
     last = "--checkpoint=out/checkpoints/last.pth"
     shutil.rmtree(drawn / "train2017")  # which an evaluation does not need
     (drawn / "labels" / "instances_train2017.json").unlink()
-    done = script("train_eval_1p", *words, last, "--output_dir=eval", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    succeed("train_eval_1p", *words, last, "--output_dir=eval", cwd=tmp_path)
     assert result_of(tmp_path / "eval")["metrics"] == result_of(tmp_path / "out")["metrics"]
     assert detections_of(tmp_path / "eval") == detections_of(tmp_path / "out")
 
@@ -303,8 +258,7 @@ def test_images_without_positive_cells_train_beside_others(recipe: str, tmp_path
     edit(data, "train", change)
     words = [recipe, f"--data_path={data}", "--processes=2", "--batch_size=1", "--output_dir=out"]
     words += ["data.keep_empty=true", f"head.scale_ranges={[[8, 32]] * 5}"]
-    done = script("train_full_8p", *words, "evaluate.at_end=false", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    succeed("train_full_8p", *words, "evaluate.at_end=false", cwd=tmp_path)
     lines = lines_of(tmp_path / "out")
     masks = [line["losses"]["loss_ins"] for line in lines]
     assert len(masks) == 4 and sum(loss > 0 for loss in masks) == 2  # once in each epoch
@@ -315,16 +269,11 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(
     recipe: str, home: Path, trained: Path
 ) -> None:
     shutil.copytree(trained, home / "full")
-    saved = home / "full" / "checkpoints" / "last.pth"
-    before = saved.read_bytes()
-    run = MODEL / "test" / "train_full_1p.sh"
-    words = [recipe, "--data_path=./data/coco", "--resume", "--output_dir=full"]
-    # 100 kB a file: logs fit, a checkpoint does not.
-    done = run_command(["bash", "-c", 'ulimit -f 100; exec bash "$@"', "_", run, *words], home)
-    assert done.returncode == 1
-    assert "Cannot write the checkpoint" in done.stderr and "File too large" in done.stderr
-    assert saved.read_bytes() == before
-    assert report_of(home / "full", f"{NETWORK}_bs2_1p_acc")["Status"] == "failed"
+    words = [recipe, "--data_path=./data/coco", "--resume"]
+    report = f"{NETWORK}_bs2_1p_acc"
+    assert_full_disk_keeps_the_checkpoint(
+        MODEL, home / "full", *words, report=report, kilobytes=100
+    )
 
 
 # ---------------------------------------------------------------------------- bad input
@@ -340,16 +289,10 @@ BAD_INPUT = {
         ["Cannot download resnet50.pth from {server}/resnet50.pth", "the file at {at}/"],
         {"ZOO_WEIGHTS_URL": "{server}", "XDG_CACHE_HOME": "{at}"},
     ),
-    "truncated JSON": Case(
-        TRAIN, ["{recipe}", "--data_path={at}/half"], ["instances_train2017.json ends in the mid"]
-    ),
     "damaged images": Case(
         TRAIN,
         ["{recipe}", "--data_path={at}/damaged", "data.max_damaged=1"],
         ["2 images are damaged, more than the 1", "train 1.jpg (", "train 4.jpg ("],
-    ),
-    "all held-out images damaged": Case(
-        EVAL, ["{recipe}", "--data_path={at}/damaged", LAST], ["None of the images in val2017"]
     ),
     "checkpoint of other classes": Case(
         EVAL,
@@ -366,11 +309,6 @@ BAD_INPUT = {
         ["{recipe}", "--data_path={at}/three", LAST],
         ["bbox_head.solo_cate.weight", "the file has 2 classes, the model 3"],
     ),
-    "checkpoint of another network": Case(
-        EVAL,
-        ["{recipe}", "--data_path={at}/coco", "--checkpoint={at}/foreign.pth"],
-        ["foreign.pth holds weights of no kind that is known here"],
-    ),
     "evil .pth": Case(
         TRAIN,
         ["{recipe}", "--data_path={at}/coco", "--pretrained={at}/evil.pth"],
@@ -378,28 +316,11 @@ BAD_INPUT = {
     ),
     # The launcher tells these before it starts a process.
     "no data path": Case(TRAIN, ["{recipe}"], ["give --data_path=DIR", "val2017/<image>"]),
-    "no such data path": Case(
-        TRAIN, ["{recipe}", "--data_path={at}/none"], ["'{at}/none' does not exist"]
-    ),
     "wrong tree": Case(
         TRAIN,
         ["{recipe}", "--data_path={at}/coco/annotations"],
         ["the data set begins higher up, so give '{at}/coco'", "val2017/<image>"],
     ),
-    "no annotations": Case(
-        TRAIN, ["{recipe}", "--data_path={at}/bare"], ["no annotations/instances_train2017.json"]
-    ),
-    "data in the output": Case(
-        TRAIN,
-        ["{recipe}", "--data_path={at}/coco", "--output_dir={at}"],
-        ["--data_path={at}/coco lies in --output_dir={at}"],
-    ),
-    "absent device": Case(
-        TRAIN,
-        ["{recipe}", "--data_path={at}/coco", f"--device={ABSENT}"],
-        [f"Device {ABSENT} cannot be used"],
-    ),
-    "unknown option": Case(TRAIN, ["--frobnicate=1"], ["Unknown option '--frobnicate=1'"]),
     "misspelt option": Case(
         TRAIN, ["--data_path={at}/coco", "--total_epoch=1"], ["--total_epoch", "--total_epochs?"]
     ),
@@ -418,76 +339,31 @@ BAD_INPUT = {
     "fine-tuning from nothing": Case(
         "train_finetune_1p", ["--data_path={at}/coco"], ["needs --pretrained=VALUE"]
     ),
-    "truncated checkpoint": Case(
-        EVAL, ["--data_path={at}/coco", "--checkpoint={at}/half.pth"], ["half.pth is truncated"]
-    ),
-    "evil .pkl to evaluate": Case(
-        EVAL, ["--data_path={at}/coco", "--checkpoint={at}/evil.pkl"], ["evil.pkl"]
-    ),
+    **coco_bad_input(EVAL, LAST),
+    **shared_bad_input("coco"),
 }
-
-
-class _Evil:
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.mark}",)
 
 
 @pytest.fixture(scope="module")
 def bad(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data sets and weights that cannot be used, and one that can."""
     at = tmp_path_factory.mktemp("bad")
-    for name in ("coco", "half", "damaged", "bare"):
-        draw_coco(at / name)
+    draw_bad_coco(at)
     draw_coco(at / "three", classes={3: "cat", 7: "big dog", 9: "owl"})
     draw_coco(at / "named", classes={3: "cat", 7: "gnu"})
     draw_coco(at / "renamed", classes={3: "cat", 7: "gnu"})
     for name in ("three", "named"):
         shutil.copy(at / "coco" / JSON.format("train"), at / name / JSON.format("train"))
-
-    text = (at / "half" / JSON.format("train")).read_text()
-    (at / "half" / JSON.format("train")).write_text(text[: len(text) // 2])
-    damaged = [at / "damaged" / "train2017" / f"train {number}.jpg" for number in (1, 4)]
-    for file in (*damaged, *(at / "damaged" / "val2017").iterdir()):
-        file.write_bytes(b"no picture")
-    shutil.rmtree(at / "bare" / "annotations")
-
-    shutil.copytree(trained / "checkpoints", at, dirs_exist_ok=True)
-    (at / "half.pth").write_bytes((at / "last.pth").read_bytes()[:9999])
-    torch.save({"stem.conv.weight": torch.zeros(3, 3)}, at / "foreign.pth")
-    evil = {"model": _Evil(at / "ran")}
-    (at / "evil.pkl").write_bytes(pickle.dumps(evil))
-    torch.save(evil, at / "evil.pth")
+    write_bad_weights(at, trained)
     return at
 
 
-@pytest.fixture(scope="module")
-def before(bad: Path) -> dict[str, bytes]:
-    return snapshot(bad)
+# ---------------------------------------------------------------------------- all models
 
 
-@pytest.fixture(scope="module")
-def refused(
-    bad: Path, before: object, recipe: str, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Answer]:
-    """What each case led to."""
-    with socket.socket() as closed:  # bound, so that nobody else can listen there
-        closed.bind(("127.0.0.1", 0))
-        # In two parts, since it is no public address.
-        server = "http:" + f"//127.0.0.1:{closed.getsockname()[1]}"
-        names = {"at": str(bad), "recipe": recipe, "server": server}
-        return run_cases(MODEL, BAD_INPUT, names, tmp_path_factory.mktemp("refused"))
-
-
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_message_and_no_number(case: str, refused: dict[str, Answer]) -> None:
-    assert_refused(refused[case])
-
-
-def test_bad_input_costs_nobody_a_file_and_runs_no_code(
-    bad: Path, before: dict[str, bytes], refused: object
-) -> None:
-    assert not (bad / "ran").exists()
-    assert snapshot(bad) == before
+class TestScripts(ScriptContract):
+    model = MODEL
+    network = NETWORK
+    batch_size = 2
+    chance = CHANCE
+    bad_input = BAD_INPUT
