@@ -252,6 +252,8 @@ def run(plan: Plan, place: Place, meeting: Meeting) -> Outcome:
     except SignalException as stopped:
         meeting.leave()
         failure = _first_failure(plan.scratch, {}, place.node_rank)
+        if failure is not None and failure.of_another:
+            failure = None  # a rank that had no handler yet ended by the signal
         return Outcome(failure, int(stopped.sigval), agent.started)
     except (LostError, RendezvousClosedError, DistError):
         meeting.leave()

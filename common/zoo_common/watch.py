@@ -27,7 +27,7 @@ _POLL_S = 0.02
 # Imports from a network disk, or an index that is made: what a rank does before its first batch.
 _START_S = 600.0
 # More than this between two looks, and the launcher itself had been stopped.
-_LONGEST_LOOK_S = 5.0
+_LONGEST_LOOK_S = 1.0
 
 _THREAD = re.compile(r"^(?:Current t|T)hread 0x[0-9a-f]+.*:$")
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$')
@@ -126,7 +126,7 @@ class Watch:
     """Watches the ranks of this machine.
 
     Before its first batch a rank has ten minutes, if the limit is less. Time counts while somebody
-    looks: what passes between two calls of :meth:`hung` counts for 5 s at most, so that a launcher
+    looks: what passes between two calls of :meth:`hung` counts for 1 s at most, so that a launcher
     that was stopped with its ranks (Ctrl-Z, a suspended machine) does not take the pause for a
     hang.
 
