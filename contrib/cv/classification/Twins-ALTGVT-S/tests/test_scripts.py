@@ -231,8 +231,10 @@ def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(
         "optimizer.ema=0.9",
     ]
     succeed("train_full_1p", *words, "--output_dir=whole", cwd=tmp_path)
+    # The tests themselves may run under nohup, or behind a shell's &.
+    heeding = ["env", "--default-signal=HUP,INT"]
     child = subprocess.Popen(
-        ["bash", MODEL / "test" / "train_full_1p.sh", *words, "--output_dir=cut"],
+        [*heeding, "bash", MODEL / "test" / "train_full_1p.sh", *words, "--output_dir=cut"],
         cwd=tmp_path,
         env=environment(),
         stdout=subprocess.DEVNULL,
