@@ -116,7 +116,8 @@ def test_what_a_resumed_run_drops(amount: int, tmp_path: Path) -> None:
     def read_lines(data: bytes) -> None:
         path.write_bytes(data)
         RunLog(tmp_path, writes=True).continue_from(10)
-        for line in path.read_text(encoding="utf-8").splitlines():
+        # Not splitlines(): what it takes for the end of a line may stand in a text.
+        for line in filter(None, path.read_text(encoding="utf-8").split("\n")):
             assert json.loads(line)["step"] <= 10
 
     inputs = spoiled_json([[{**STEP, "step": number} for number in (5, 10, 15)]], WORDS).map(lines)
