@@ -20,8 +20,17 @@ Trained = dict[str, Any]
 """``losses`` of the steps, and the checksum of each tensor by its name."""
 
 
-def run_ranks(file: Path, ranks: int = 2) -> list[Any]:
-    """Starts a test file of a model ``ranks`` times, as torchrun would; what each process found."""
+def run_ranks(file: Path, ranks: int = 2, python: Sequence[str] = ()) -> list[Any]:
+    """Starts a test file of a model ``ranks`` times, as torchrun would.
+
+    Args:
+        file: prints what it found.
+        ranks: how many processes.
+        python: options of the interpreter.
+
+    Returns:
+        What each process found.
+    """
     file = file.resolve()
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -37,7 +46,7 @@ def run_ranks(file: Path, ranks: int = 2) -> list[Any]:
     }
     started = [
         subprocess.Popen(
-            [sys.executable, str(file)],
+            [sys.executable, *python, str(file)],
             env={**os.environ, **variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -250,6 +250,7 @@ def test_a_wrong_command_line_is_named(words: list[str], said: str) -> None:
         ("VERSION: !!python/tuple [2]", "is not valid YAML"),
         ("data: {batch_size: [3]}", "data.batch_size must be of type int"),
         ("data: {batch_size: 3\n", "is not valid YAML"),
+        ("run: {spike_factor: 1" + 400 * "0" + "}", "run.spike_factor must be of type float"),
         ("- 1\n", "holds no mapping"),
         ("data: {batch_size: 3, batch_size: 4}", "stands twice"),
         ("_base_: c.yaml", "is its own _base_"),

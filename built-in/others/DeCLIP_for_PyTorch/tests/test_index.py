@@ -517,6 +517,7 @@ BAD_VAL: dict[str, tuple[list[Any], str]] = {
     "no file": ([val_row(1, 0, filename=None)], r"\(no filename\)"),
     "elsewhere": ([val_row(1, 0, filename="../1.JPEG")], r"\(filename outside the data"),
     "no label": ([val_row(1, None)], r"\(no label\); it must be \{"),
+    "too many digits": ([val_row(1, "9" * 5000)], r"\(no label\)"),
     "negative": ([val_row(1, -1)], r"\(no label\)"),
     "bool": ([val_row(1, True)], r"\(no label\)"),
     "no name": ([val_row(1, 0, label_name=" ")], r"\(no label_name\)"),

@@ -3,9 +3,6 @@
 import copy
 import json
 import os
-import socket
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from rank_runs import run_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -388,36 +386,8 @@ def run_checks() -> None:
 
 
 def run_group(world_size: int) -> list[dict[str, str]]:
-    """Starts this file ``world_size`` times; what each check gave in each process."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    common = {
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(MODEL_DIR), os.environ.get("PYTHONPATH")))),
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", str(Path(__file__).resolve())],
-            env={**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in range(world_size)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for process, (_, errors) in zip(started, outputs, strict=True):
-        assert process.returncode == 0, errors
-    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    """What each check gave in each of so many processes."""
+    return run_ranks(Path(__file__), world_size, ["-W", "error"])
 
 
 @pytest.fixture(scope="module")
